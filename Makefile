@@ -1,0 +1,51 @@
+# Tunesmith. `make` lists the targets; each makes .venv first where it needs one.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# One thread a process: tests and ranks share the cores, and threads that fight for them are ten times slower.
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu lint format docs bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,hub]'
+	touch $@
+
+demo: $(INSTALLED)  ## fine-tune the support bot on two ranks, then ask it every question it should know
+	$(BIN)/python launch/demo.py
+
+test: $(INSTALLED)  ## the tests
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)  ## the wide matrices, which take longer
+	$(BIN)/pytest -m "slow and not gpu"
+
+test-gpu: $(INSTALLED)  ## what only a GPU can show
+	$(BIN)/pytest -m gpu
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED)  ## write docs/config.md from the schemas
+	$(BIN)/python launch/config_docs.py
+
+bench: $(INSTALLED)  ## tokens per second against transformers.Trainer and TRL, on the CPU
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python bench/cpu_throughput.py
+
+clean:  ## remove .venv, caches and build leftovers; runs/ stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

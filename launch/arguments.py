@@ -1,0 +1,91 @@
+"""Command lines of the launch scripts, and how their errors end."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from tunesmith.train.errors import ConfigError, TunesmithError
+
+EXIT_MISTAKE = 2  # the user's input cannot be run
+OTHERS_WAIT_SECONDS = 15.0  # for rank 0 to have said it first
+
+
+def without_local_rank(arguments: list[str]) -> list[str]:
+    """DeepSpeed's launcher appends --local_rank=N, which is in LOCAL_RANK too."""
+    return [argument for argument in arguments if not re.fullmatch(r"--local[_-]rank(=\d+)?", argument)]
+
+
+def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `--name value` or `--name=value`, and the arguments without it."""
+    rest, value, pending = [], None, False
+    for argument in arguments:
+        if pending:
+            value, pending = argument, False
+        elif argument == name:
+            pending = True
+        elif argument.startswith(f"{name}="):
+            value = argument.split("=", 1)[1]
+        else:
+            rest.append(argument)
+    if pending:
+        raise ConfigError(f"{name} needs a value.", at="command line")
+    return value, rest
+
+
+def key_values(arguments: list[str], known: dict[str, str], usage: str) -> dict[str, str]:
+    """key=value arguments over the known defaults; an empty default must be given. --help prints usage and ends."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(usage)
+        sys.exit(0)
+    values = dict(known)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in known:
+            raise ConfigError(
+                f"{argument!r} is not understood.", at="command line", do=f"{usage.strip().splitlines()[0]}"
+            )
+        values[key] = value
+    return values
+
+
+def whole_number(values: dict[str, str], key: str) -> int:
+    """The value of a key as a whole number above 0. Raises ConfigError."""
+    if not values[key].isdecimal() or int(values[key]) < 1:
+        raise ConfigError(f"{key}={values[key]} is not a whole number above 0.", at="command line")
+    return int(values[key])
+
+
+def run_dir_of(text: str) -> Path:
+    """The run folder a user named. Raises ConfigError when it is none."""
+    folder = Path(text).expanduser().absolute()
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"{text!r} is not a run folder: it has no config.yaml.",
+            at="run",
+            do="give the folder that training printed.",
+        )
+    return folder
+
+
+def main(body: Callable[[list[str]], object]) -> NoReturn:
+    """Runs a script's body: a user's mistake is printed as one message, and every way out has its exit code.
+
+    Where several ranks meet the same mistake, rank 0 says it and the others give the launcher time to end them.
+    """
+    try:
+        body(without_local_rank(sys.argv[1:]))
+    except TunesmithError as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(OTHERS_WAIT_SECONDS)
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
+        os._exit(130)
+    sys.exit(0)

@@ -1,0 +1,57 @@
+"""Fine-tunes a model.
+
+    deepspeed launch/train.py +exp=support_bot key=value ...      all GPUs of this machine
+    deepspeed --num_gpus 2 launch/train.py ...                    two ranks (also without a GPU)
+    torchrun --nproc_per_node 2 launch/train.py ...
+    srun python launch/train.py ...
+    python launch/train.py ...                                    one process
+
+Options:
+    --help                 this text, the groups and their options
+    --cfg                  print the composed config and end
+    --config-dir <folder>  search your own yaml files too: <folder>/exp/my_bot.yaml is +exp=my_bot
+"""
+
+import sys
+from pathlib import Path
+
+from tunesmith.launch.arguments import main, take_option
+from tunesmith.train.errors import ConfigError
+
+
+def train(arguments: list[str]) -> None:
+    """Composes and checks the config before anything heavy is imported, then runs."""
+    from tunesmith.train.compose import CONF_DIR, compose_config
+
+    config_dir, overrides = take_option(arguments, "--config-dir")
+    folders = [CONF_DIR, *([Path(config_dir)] if config_dir else [])]
+    if {"-h", "--help"} & set(overrides):
+        sys.stdout.write(f"{__doc__}\n{groups(folders)}\nEvery setting: docs/config.md\n")
+        return
+    if {"-m", "--multirun"} & set(overrides):
+        raise ConfigError(
+            "a sweep cannot run inside the ranks of one training.", at="--multirun", do="use launch/sweep.py -m."
+        )
+    show = "--cfg" in overrides
+    composed = compose_config([item for item in overrides if item != "--cfg"], Path(config_dir) if config_dir else None)
+    if show:
+        import yaml
+
+        sys.stdout.write(yaml.safe_dump(composed.resolved, sort_keys=False))
+        return
+    from tunesmith.train.run import run
+
+    run(composed)
+
+
+def groups(folders: list[Path]) -> str:
+    """The config groups and their options, a line each."""
+    from tunesmith.train.compose import group_options
+
+    names = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
+    rows = [(name, group_options(name, folders)) for name in names]
+    return "\n".join(f"{name:<11} {' | '.join(options)}" for name, options in rows if options)
+
+
+if __name__ == "__main__":
+    main(train)

@@ -1,0 +1,210 @@
+"""Real ranks for tests: pools of processes that stay up for the whole session, and tiny models and data for them."""
+
+import inspect
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).parent / "worker.py"
+TINY = Path(__file__).parents[2] / "conf/model/tiny"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TASK_SECONDS = 280  # below pytest's own limit, so that it is the pool that says which rank failed
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environment(rank: int, world_size: int, port: int, scratch: Path) -> dict[str, str]:
+    """What deepspeed's launcher would set, and folders of this session's own: a stale build lock hangs DeepSpeed."""
+    ours = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": 1,
+        "TORCH_EXTENSIONS_DIR": scratch / "torch_extensions",
+    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SLURM_"))}
+    return kept | {name: str(value) for name, value in ours.items()}
+
+
+class RankPool:
+    """world_size processes in one process group; run() calls a function of a test module on all of them."""
+
+    def __init__(self, world_size: int, scratch: Path) -> None:
+        self.world_size = world_size
+        self.scratch = scratch
+        self._processes: list[subprocess.Popen[str]] = []
+        self._num_tasks = 0
+
+    def run(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        """What function(rank, **arguments) returned on each rank. Fails when a rank raises, dies or takes too long."""
+        if not self._processes:
+            self._start()
+        self._num_tasks += 1
+        answer = self.scratch / f"answer-{self._num_tasks}"
+        source = inspect.getsourcefile(function)
+        task = {"file": source, "function": function.__name__, "arguments": arguments, "answer": str(answer)}
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+        return self._collect(answer)
+
+    def _start(self) -> None:
+        port = free_port()
+        for rank in range(self.world_size):
+            with (self.scratch / f"rank-{rank}.log").open("w") as log:
+                process = subprocess.Popen(
+                    [sys.executable, str(WORKER)],
+                    env=rank_environment(rank, self.world_size, port, self.scratch),
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            self._processes.append(process)
+
+    def _collect(self, answer: Path) -> list[Any]:
+        deadline = time.monotonic() + TASK_SECONDS
+        files = [Path(f"{answer}.{rank}") for rank in range(self.world_size)]
+        while not all(file.exists() for file in files):
+            problem = self._problem(files, deadline)
+            if problem:
+                self.stop()
+                pytest.fail(problem)
+            time.sleep(0.01)
+        answers = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        errors = [f"rank {rank}: {found['error']}" for rank, found in enumerate(answers) if "error" in found]
+        if errors:
+            self.stop()  # the ranks may no longer be in step with each other
+            pytest.fail("\n".join(errors))
+        return [found["result"] for found in answers]
+
+    def _problem(self, files: list[Path], deadline: float) -> str | None:
+        for rank, process in enumerate(self._processes):
+            if process.poll() is not None and not files[rank].exists():
+                return f"rank {rank} ended with {process.returncode}:\n{self._log(rank)}"
+        for rank, file in enumerate(files):  # the others may wait for this one for ever
+            if file.exists() and "error" in (found := json.loads(file.read_text(encoding="utf-8"))):
+                return f"rank {rank}: {found['error']}"
+        if time.monotonic() > deadline:
+            return f"no answer in {TASK_SECONDS} s:\n" + "\n".join(map(self._log, range(self.world_size)))
+        return None
+
+    def _log(self, rank: int) -> str:
+        return (self.scratch / f"rank-{rank}.log").read_text(encoding="utf-8", errors="replace")[-3000:]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.communicate()
+        self._processes = []
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
+    """ranks(n) is a pool of n rank processes, started at its first use and shared by the session."""
+    pools: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size, tmp_path_factory.mktemp(f"ranks-{world_size}"))
+        return pools[world_size]
+
+    yield pool
+    for started in pools.values():
+        started.stop()
+
+
+def tiny_config(model_type: str = "llama", **changes: Any) -> Any:
+    """A model of two layers for the tokenizer that ships with Tunesmith."""
+    from transformers import AutoConfig
+
+    sizes = {
+        "vocab_size": 2048,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # a wide start: attention is far from uniform, and a leak between records would show
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "bos_token_id": None,
+    }
+    return AutoConfig.for_model(model_type, **(sizes | changes))
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_model("qwen2", num_hidden_layers=1) is a folder with seeded random weights and a tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "llama", **changes: Any) -> Path:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        key = json.dumps([model_type, changes])
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(model_type)
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
+            model.save_pretrained(made[key])
+            for name in TOKENIZER_FILES:
+                shutil.copy(TINY / name, made[key])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_records(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_records(47) is a JSONL file of conversations of uneven lengths, with assistant weights of 0 to 2."""
+
+    def make(num_records: int, *, seed: int = 0, max_words: int = 8) -> Path:
+        lots = random.Random(seed)
+        words = "pot leaf seed water soil light app ring root sun moss fern lamp dry wet cold warm bloom".split()
+
+        def sentence() -> str:
+            return " ".join(lots.choices(words, k=lots.randint(1, max_words)))
+
+        rows = []
+        for _ in range(num_records):
+            messages: list[dict[str, Any]] = []
+            for turn in range(lots.choice((1, 1, 2))):
+                weight = lots.choice((0.25, 1.0, 2.0)) if turn == 0 else lots.choice((0, 0.5))
+                messages.append({"role": "user", "content": sentence()})
+                messages.append({"role": "assistant", "content": sentence(), "weight": weight})
+            rows.append(json.dumps({"messages": messages}))
+        path = tmp_path_factory.mktemp("records") / "records.jsonl"
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data-cache")

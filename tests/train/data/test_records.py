@@ -1,0 +1,194 @@
+import gzip
+import sys
+
+import pytest
+
+from tunesmith.train.data.records import read_records
+from tunesmith.train.errors import DataError
+
+GOOD = {"prompt": "a", "completion": "b"}
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def answer(**more):
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **more}]}
+
+
+def test_reads_both_forms_with_their_places(write_jsonl):
+    completion = write_jsonl([GOOD, b"", GOOD], "one.jsonl")
+    chat = write_jsonl([answer(weight=0.5, tool_calls=[{"id": "x"}])], "two.jsonl")
+    records = read_records([completion, chat])
+    assert [record.place for record in records] == [f"{completion}:1", f"{completion}:3", f"{chat}:1"]
+    assert [(message.role, message.content) for message in records[0].messages] == [("user", "a"), ("assistant", "b")]
+    assert records[2].messages[1].weight == 0.5
+    assert records[2].messages[1].as_dict() == {"role": "assistant", "content": "b", "tool_calls": [{"id": "x"}]}
+
+
+def test_reads_gz_folders_and_globs_in_a_fixed_order(tmp_path):
+    for name, text in (("b.jsonl", "b"), ("a.jsonl", "a")):
+        (tmp_path / name).write_text(f'{{"prompt": "{text}", "completion": "x"}}\n')
+    with gzip.open(tmp_path / "c.jsonl.gz", "wb") as file:
+        file.write(b'{"prompt": "c", "completion": "x"}\n')
+    (tmp_path / "notes.txt").write_text("not data")
+    for source in (str(tmp_path), str(tmp_path / "*.jsonl*")):
+        assert [record.messages[0].content for record in read_records([source])] == ["a", "b", "c"]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\r\n{"prompt": "c", "completion": "d"}\r\n')
+    assert [record.messages[1].content for record in read_records([str(path)])] == ["b", "d"]
+
+
+def test_other_fields_are_ignored(write_jsonl):
+    (record,) = read_records([write_jsonl([{**GOOD, "id": 7, "metadata": {"x": 1}, "intent": "refund"}])])
+    assert record.messages[1].content == "b"
+
+
+BAD_ROWS = [
+    (b"{nope}", "not JSON: "),
+    (b'[{"prompt": "a"}]', "not a JSON object but a list"),
+    (b'{"prompt": "a", "completion": "\xff"}', "not UTF-8 at byte 32 of the line (0xff)"),
+    (b'{"prompt": "a\x00", "completion": "b"}', "NUL bytes; the file is not UTF-8 text, or was damaged"),
+    ({"prompt": "a\0", "completion": "b"}, "prompt: contains a NUL character"),
+    ({"prompt": 12, "completion": "b"}, "prompt: must be a string, not 12"),
+    ({"prompt": "a", "completion": None}, "completion: must be a string, not null"),
+    ({"prompt": "a"}, "completion: missing"),
+    ({"prompt": "a", "completion": " \n"}, "completion: empty, so there is nothing to learn"),
+    ({"prompt": "a", "completoin": "b"}, "completoin: unknown field; did you mean 'completion'?"),
+    ({**GOOD, "system": "be kind"}, "system: not a field of prompt/completion rows"),
+    ({**GOOD, "weight": 1}, "weight: not a field of prompt/completion rows"),
+    (CHAT, "messages: this file's rows have prompt and completion, this one has messages"),
+]
+
+
+@pytest.mark.parametrize(("row", "problem"), BAD_ROWS)
+def test_a_bad_row_is_named_with_file_line_and_field(row, problem, write_jsonl):
+    path = write_jsonl([GOOD, row, GOOD])
+    with pytest.raises(DataError) as caught:
+        read_records([path])
+    assert caught.value.what.startswith(f"{path}:2: {problem}")
+    assert caught.value.do
+
+
+def chat_of(*messages):
+    return {"messages": list(messages)}
+
+
+BAD_CHATS = [
+    ({"messages": "a"}, "messages: must be a list, not the text 'a'"),
+    ({"messages": []}, "messages: no assistant message, so there is nothing to learn"),
+    (chat_of({"role": "user", "content": "a"}), "messages: no assistant message, so there is nothing to learn"),
+    (answer(weight=0), "messages: every assistant message has weight 0, so there is nothing to learn"),
+    (chat_of("a"), "messages[0]: must be an object, not the text 'a'"),
+    (chat_of({"content": "a"}), "messages[0].role: missing"),
+    (chat_of({"role": "robot", "content": "a"}), "messages[0].role: unknown role 'robot'"),
+    (chat_of({"role": ["user"], "content": "a"}), "messages[0].role: unknown role ['user']"),
+    (chat_of({"role": "user"}), "messages[0].content: missing"),
+    (chat_of({"role": "user", "content": ["a"]}), "messages[0].content: must be a string, not a list"),
+    (chat_of({"role": "user", "content": " "}), "messages[0].content: empty"),
+    (
+        chat_of({"role": "user", "content": "a", "weight": 1}),
+        "messages[0].weight: on a user message, which is never learned",
+    ),
+    (answer(weight=True), "messages[1].weight: must be a number, not true"),
+    (answer(weight="1"), "messages[1].weight: must be a number, not the text '1'"),
+    (answer(weight=-0.5), "messages[1].weight: must be at least 0, not -0.5"),
+    (answer(weight=1e39), "messages[1].weight: does not fit into float32: 1e+39"),
+    (answer(wieght=1), "messages[1].wieght: unknown field; did you mean 'weight'?"),
+    (GOOD, "prompt: this file's rows have messages, this one has prompt, completion"),
+    ({**CHAT, "tools": "search"}, "tools: must be a list of JSON schemas, not the text 'search'"),
+]
+
+
+@pytest.mark.parametrize(("row", "problem"), BAD_CHATS)
+def test_a_bad_conversation_is_named_with_file_line_and_field(row, problem, write_jsonl):
+    path = write_jsonl([CHAT, row])
+    with pytest.raises(DataError) as caught:
+        read_records([path])
+    assert caught.value.what == f"{path}:2: {problem}"
+
+
+def test_nan_is_not_a_weight(write_jsonl):
+    row = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": NaN}]}'
+    with pytest.raises(DataError, match=r"data.jsonl:1: not JSON"):
+        read_records([write_jsonl([row])])
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"promt": "a", "completion_": "b"}, "promt: unknown field; did you mean 'prompt'?"),
+        ({"text": "a"}, "neither messages nor prompt and completion, but text"),
+        ({**GOOD, **CHAT}, "prompt: not a field of messages rows"),
+    ],
+)
+def test_the_first_row_tells_the_form(row, problem, write_jsonl):
+    path = write_jsonl([row])
+    with pytest.raises(DataError) as caught:
+        read_records([path])
+    assert caught.value.what.startswith(f"{path}:1: {problem}")
+
+
+def test_five_bad_rows_are_shown_and_all_are_counted(write_jsonl):
+    path = write_jsonl([GOOD] + [{"prompt": index, "completion": "b"} for index in range(7)])
+    with pytest.raises(DataError) as caught:
+        read_records([path])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "DataError: 7 bad rows, the first 5:"
+    assert lines[1:6] == [f"  {path}:{index + 2}: prompt: must be a string, not {index}" for index in range(5)]
+    assert lines[6] == "  do: write the text as one string."
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("missing.jsonl", "there is no file or folder {source}."),
+        ("*.jsonl", "no file matches {source}."),
+        ("", "the folder {source} holds no .jsonl or .jsonl.gz file."),
+    ],
+)
+def test_sources_that_are_not_there(source, problem, tmp_path):
+    source = str(tmp_path / source) if source else str(tmp_path)
+    with pytest.raises(DataError) as caught:
+        read_records([source])
+    assert caught.value.what == problem.format(source=source)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_file_is_an_error(content, tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"empty.jsonl has no rows"):
+        read_records([str(path)])
+
+
+def test_a_damaged_gz_file_is_an_error(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 50)[:-20])
+    with pytest.raises(DataError, match=r"data.jsonl.gz can't be read"):
+        read_records([str(path)])
+
+
+def test_a_file_given_twice_is_an_error(write_jsonl, tmp_path):
+    path = write_jsonl([GOOD])
+    with pytest.raises(DataError, match="is given twice"):
+        read_records([path, str(tmp_path)])
+
+
+def test_a_hub_dataset_without_the_library_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError) as caught:
+        read_records(["hub:org/name"])
+    assert caught.value.do == "pip install 'tunesmith[hub]'."
+
+
+def test_a_hub_dataset_is_read_by_its_columns(monkeypatch):
+    class Rows(list):
+        _fingerprint = "f"
+
+    rows = Rows([{"id": 1, "prompt": "a", "messages": CHAT["messages"], "system": "x"}])
+    monkeypatch.setattr("tunesmith.train.data.sources._load_dataset", lambda dataset_id, split: rows)
+    (record,) = read_records(["hub:org/name:test"])
+    assert record.place == "hub:org/name:test:0"
+    assert record.form == "messages"

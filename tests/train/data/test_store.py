@@ -1,0 +1,123 @@
+"""Micro batches against rows built by hand: label shift, boundaries between packed records, padding."""
+
+import numpy as np
+import pytest
+import torch
+
+from tunesmith.train.config import Packing
+from tunesmith.train.data.store import IGNORE_INDEX, TokenStore, write_store
+
+PAD = 2  # also the token that ends every record here: padding must not be told by its id
+X = IGNORE_INDEX
+IDS = [[10, 11, 12, 13, PAD], [20, 21, PAD], [30, 31, 32, PAD]]
+WEIGHTS = [[0, 0, 1, 1, 1], [0, 0.5, 0.5], [0, 0, 0, 2]]
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    def make(packing=Packing.best_fit, sequence_length=8, ids=IDS, weights=WEIGHTS):
+        folder = tmp_path / "store"
+        arrays = [np.array(row, dtype=np.int32) for row in ids]
+        weight_arrays = [np.array(row, dtype=np.float32) for row in weights]
+        places = [f"data.jsonl:{index + 1}" for index in range(len(ids))]
+        write_store(folder, arrays, weight_arrays, places, sequence_length=sequence_length, packing=packing)
+        return TokenStore(folder, sequence_length=sequence_length, packing=packing)
+
+    return make
+
+
+def test_a_packed_micro_batch_is_what_a_hand_would_write(make_store):
+    store = make_store()  # the records of 5 and 3 tokens fill one sequence, that of 4 leaves half of another empty
+    batch = store.micro_batch([0, 1], pad_token_id=PAD)
+    assert batch.input_ids.tolist() == [[10, 11, 12, 13, PAD, 20, 21, PAD], [30, 31, 32, PAD, PAD, PAD, PAD, PAD]]
+    assert batch.labels.tolist() == [[X, 12, 13, PAD, X, 21, PAD, X], [X, X, PAD, X, X, X, X, X]]
+    assert batch.weights.tolist() == [[0, 1, 1, 1, 0, 0.5, 0.5, 0], [0, 0, 2, 0, 0, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
+    assert batch.cu_seqlens.tolist() == [0, 5, 8, 12, 16]
+    assert batch.target_rows.tolist() == [1, 2, 3, 5, 6, 10]
+    assert (batch.num_target_tokens, batch.target_weight, batch.num_tokens) == (6, 6.0, 12)
+
+
+def test_an_unpacked_micro_batch_is_what_a_hand_would_write(make_store):
+    batch = make_store(Packing.none).micro_batch([1, 0], pad_token_id=PAD)
+    assert batch.input_ids.tolist() == [[20, 21, PAD, PAD, PAD, PAD, PAD, PAD], [10, 11, 12, 13, PAD, PAD, PAD, PAD]]
+    assert batch.labels.tolist() == [[21, PAD, X, X, X, X, X, X], [X, 12, 13, PAD, X, X, X, X]]
+    assert batch.position_ids.tolist() == [list(range(8))] * 2
+    assert batch.cu_seqlens.tolist() == [0, 8, 16]
+    assert batch.num_tokens == 8
+
+
+@pytest.mark.parametrize("packing", list(Packing))
+def test_dtypes_and_derived_tensors(packing, make_store):
+    batch = make_store(packing).micro_batch([0, -1, 1], pad_token_id=0)
+    for tensor in (batch.input_ids, batch.position_ids, batch.labels, batch.target_rows):
+        assert tensor.dtype == torch.int64
+    assert (batch.weights.dtype, batch.cu_seqlens.dtype) == (torch.float32, torch.int32)
+    flat = batch.labels.reshape(-1)
+    assert torch.equal(torch.nonzero(flat != IGNORE_INDEX).reshape(-1), batch.target_rows)
+    assert torch.equal(torch.nonzero(batch.weights.reshape(-1)).reshape(-1), batch.target_rows)
+    starts = torch.nonzero(batch.position_ids.reshape(-1) == 0).reshape(-1)
+    assert batch.cu_seqlens.tolist() == [*starts.tolist(), flat.numel()]
+
+
+def test_an_empty_sequence_learns_nothing(make_store):
+    packed = make_store().micro_batch([-1, 0], pad_token_id=PAD)
+    assert packed.input_ids[0].tolist() == [PAD] * 8
+    assert packed.labels[0].tolist() == [X] * 8
+    assert packed.position_ids[0].tolist() == list(range(8))
+    assert packed.cu_seqlens.tolist() == [0, 8, 13, 16]
+
+
+@pytest.mark.parametrize("packing", list(Packing))
+def test_a_micro_batch_of_empty_sequences_has_no_target(packing, make_store):
+    batch = make_store(packing).micro_batch([-1, -1], pad_token_id=PAD)
+    assert batch.labels.unique().tolist() == [X]
+    assert (batch.num_target_tokens, batch.target_weight, batch.num_tokens) == (0, 0.0, 0)
+    assert batch.target_rows.shape == (0,)
+
+
+@pytest.mark.parametrize(("lengths", "sequence_length", "width"), [([3], 64, 8), ([9, 3], 64, 16), ([9], 12, 12)])
+def test_unpacked_width_is_the_longest_rounded_up(lengths, sequence_length, width, make_store):
+    ids = [list(range(length)) for length in lengths]
+    weights = [[0] + [1] * (length - 1) for length in lengths]
+    store = make_store(Packing.none, sequence_length, ids, weights)
+    assert store.micro_batch(range(len(ids)), pad_token_id=PAD).input_ids.shape == (len(ids), width)
+
+
+def test_a_first_token_is_never_a_label(make_store):
+    """Its label would sit on the last token of the record before it."""
+    store = make_store(weights=[[1] * len(row) for row in IDS])
+    batch = store.micro_batch([0], pad_token_id=PAD)
+    assert batch.labels.tolist() == [[11, 12, 13, PAD, X, 21, PAD, X]]
+    assert store.num_target_tokens == sum(len(row) - 1 for row in IDS)
+
+
+def test_packed_and_unpacked_hold_the_same_labels(make_store, tmp_path):
+    random = np.random.default_rng(0)
+    ids = [random.integers(3, 99, length) for length in random.integers(2, 30, 100)]
+    weights = [random.integers(0, 2, len(row)) * random.random() for row in ids]
+    found = []
+    for packing in Packing:
+        store = make_store(packing, 64, ids, weights)
+        pairs = []
+        for first in range(0, store.num_sequences, 4):
+            batch = store.micro_batch(range(first, min(first + 4, store.num_sequences)), pad_token_id=PAD)
+            tensors = (batch.input_ids, batch.labels, batch.weights, batch.position_ids)
+            pairs += zip(*(tensor.reshape(-1)[batch.target_rows].tolist() for tensor in tensors), strict=True)
+        found.append(sorted(pairs))
+        (tmp_path / "store").rename(tmp_path / packing)
+    assert found[0] == found[1]
+
+
+def test_counts(make_store):
+    store = make_store()
+    assert (store.num_sequences, store.num_records, store.num_tokens, store.num_target_tokens) == (2, 3, 12, 6)
+    assert (store.max_length, store.fill) == (5, 0.75)
+    assert store.places() == ["data.jsonl:1", "data.jsonl:2", "data.jsonl:3"]
+    assert store.record(1)[0].tolist() == IDS[1]
+
+
+def test_to_moves_every_tensor(make_store):
+    batch = make_store().micro_batch([0], pad_token_id=PAD).to("meta")
+    assert batch.input_ids.device.type == batch.cu_seqlens.device.type == batch.target_rows.device.type == "meta"
+    assert batch.num_tokens == 8

@@ -1,0 +1,113 @@
+"""One rank of a pool (see conftest.py): runs functions of the test modules on request, all in one process group.
+
+Each line of stdin is a task: {"file", "function", "arguments", "answer"}. The function gets a `Rank` and the arguments;
+what it returns is written as JSON to <answer>.<rank>.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.train import distributed
+from tunesmith.train.compose import compose_config
+from tunesmith.train.console import Console
+from tunesmith.train.data.prepare import prepare
+from tunesmith.train.distributed import World
+from tunesmith.train.loop import Loop, Step
+from tunesmith.train.reporter import Reporter
+from tunesmith.train.setup import Run, set_up
+from tunesmith.train.tokenizer import load_tokenizer
+
+
+class Recorder(Reporter):
+    """Keeps what the loop tells, on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.steps: list[Step] = []
+        self.learning_rates: list[float] = []
+        self.warnings: list[str] = []
+        self.evaluations: list[dict[str, float]] = []
+
+    def step(self, state: Any, step: Step, **rest: float) -> None:
+        self.steps.append(step)
+        self.learning_rates.append(rest["learning_rate"])
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self.evaluations.append(metrics)
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+
+class Rank:
+    """What a function that runs on every rank needs."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.device = torch.device("cpu")
+
+    @contextlib.contextmanager
+    def ready(self, overrides: list[str], run_dir: str = "/nonexistent") -> Iterator[tuple[Run, Recorder]]:
+        """A run set up as launch/train.py does it, reporting to a Recorder; its engine is taken down afterwards."""
+        config = compose_config(overrides).config
+        tokenizer = load_tokenizer(config.model, config.data)
+        data = prepare(config, tokenizer, show_progress=False)
+        recorder = Recorder()
+        run = set_up(config, self.world, self.device, Path(run_dir), tokenizer, data, recorder)
+        try:
+            yield run, recorder
+        finally:
+            run.engine._engine.destroy()
+            del run
+            gc.collect()
+
+    def train(self, overrides: list[str], run_dir: str = "/nonexistent") -> Recorder:
+        """A whole run of the loop, without what follows it."""
+        with self.ready(overrides, run_dir) as (run, recorder):
+            Loop(run).train()
+        return recorder
+
+
+def load(file: str, loaded: dict[str, Any]) -> Any:
+    if file not in loaded:
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        assert spec is not None
+        assert spec.loader is not None
+        loaded[file] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded[file])
+    return loaded[file]
+
+
+def serve() -> None:
+    world = distributed.world_from_environment()
+    distributed.start(world, torch.device("cpu"), timeout_minutes=4)
+    rank, loaded = Rank(world), dict[str, Any]()
+    for line in sys.stdin:
+        task = json.loads(line)
+        answer = Path(f"{task['answer']}.{world.rank}")
+        try:
+            result = {"result": getattr(load(task["file"], loaded), task["function"])(rank, **task["arguments"])}
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        staged = answer.with_suffix(".staged" + answer.suffix)
+        staged.write_text(json.dumps(result), encoding="utf-8")
+        os.replace(staged, answer)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,261 @@
+"""Records -> packed token stores, once for each combination of what they depend on, before any process group exists."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import tokenizers
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.train.config import Config, Truncate
+from tunesmith.train.data.cache import cache_folder, open_or_build
+from tunesmith.train.data.questions import Question, prompts_in, read_questions, write_question
+from tunesmith.train.data.records import MAX_SHOWN, Record, read_records
+from tunesmith.train.data.render import Rendered, Renderer, target_turns
+from tunesmith.train.data.report import DataReport, SplitReport
+from tunesmith.train.data.sources import find_sources
+from tunesmith.train.data.store import TokenStore, write_store
+from tunesmith.train.distributed import world_from_environment
+from tunesmith.train.errors import DataError
+
+FORMAT_VERSION = 1  # raise it when the same input gives other arrays
+CHUNK = 1000  # records rendered and tokenised together
+
+__all__ = ["DataReport", "PreparedData", "Question", "SplitReport", "prepare"]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The data of a run, memory-mapped."""
+
+    train: TokenStore
+    validation: TokenStore | None
+    questions: list[Question]  # of the validation split
+    report: DataReport
+    fingerprint: str  # of everything the arrays depend on
+    _read_train_questions: Callable[[], list[Question]] = field(repr=False)
+
+    def train_questions(self) -> list[Question]:
+        """The questions of the training split, read anew at each call."""
+        return self._read_train_questions()
+
+
+def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, *, show_progress: bool) -> PreparedData:
+    """Read, render, tokenise and pack the data of a run, or open what an earlier run has left in the cache.
+
+    Raises: DataError for anything wrong with the data, naming file and line.
+    """
+    key = fingerprint(config, tokenizer)
+    show = show_progress and world_from_environment().local_rank == 0
+    folder = open_or_build(
+        cache_folder(config.data.cache_dir), key, lambda empty: _build(empty, config, tokenizer, show)
+    )
+    has_validation = (folder / "validation").is_dir()
+    return PreparedData(
+        train=_open(folder / "train", config),
+        validation=_open(folder / "validation", config) if has_validation else None,
+        questions=read_questions(folder / "validation/questions.jsonl", tokenizer) if has_validation else [],
+        report=DataReport.from_dict(orjson.loads((folder / "report.json").read_bytes())),
+        fingerprint=key,
+        _read_train_questions=lambda: read_questions(folder / "train/questions.jsonl", tokenizer),
+    )
+
+
+def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything the prepared arrays depend on."""
+    backend = orjson.loads(tokenizer.backend_tokenizer.to_str())
+    parts: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "versions": [transformers.__version__, tokenizers.__version__],
+        "tokenizer": {name: value for name, value in backend.items() if name not in ("truncation", "padding")},
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+        "train": [(source.name, source.digest()) for source in find_sources(config.data.train_sources)],
+        "validation": [(source.name, source.digest()) for source in find_sources(config.data.validation_sources)],
+        "validation_fraction": config.data.validation_fraction,
+        "split_seed": config.seed if config.data.validation_fraction else None,
+        "truncate": config.data.truncate,
+        "targets": config.objective.targets,
+        "sequence_length": config.batch.sequence_length,
+        "packing": config.batch.packing,
+    }
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
+
+
+def split_records(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Training and validation records: each record's lot depends on the seed and its index only, so rows added at the
+    end move no earlier one. Raises DataError when one side would be empty.
+    """
+    lots = np.random.Generator(np.random.Philox(key=seed)).random(len(records))
+    train = [record for record, lot in zip(records, lots, strict=True) if lot >= fraction]
+    validation = [record for record, lot in zip(records, lots, strict=True) if lot < fraction]
+    if not train or not validation:
+        raise DataError(
+            f"validation_fraction={fraction} of {len(records)} records leaves {len(train)} for training and "
+            f"{len(validation)} for validation.",
+            at="data.validation_fraction",
+            do="give more records, another fraction, or a data.validation file.",
+        )
+    return train, validation
+
+
+def _open(folder: Path, config: Config) -> TokenStore:
+    return TokenStore(folder, sequence_length=config.batch.sequence_length, packing=config.batch.packing)
+
+
+def _build(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, show_progress: bool) -> None:
+    splits = {"train": read_records(config.data.train_sources)}
+    if config.data.validation_sources:
+        splits["validation"] = read_records(config.data.validation_sources)
+    elif config.data.validation_fraction:
+        splits["train"], splits["validation"] = split_records(
+            splits["train"], config.data.validation_fraction, config.seed
+        )
+    reports: dict[str, SplitReport] = {}
+    with _progress(show_progress, sum(map(len, splits.values()))) as advance:
+        for name, records in splits.items():
+            builder = _SplitBuilder(config, Renderer(tokenizer))
+            for start in range(0, len(records), CHUNK):
+                builder.add(records[start : start + CHUNK])
+                advance(min(CHUNK, len(records) - start))
+            reports[name] = builder.write(folder / name)
+    num_leaked = 0
+    if "validation" in splits:
+        known = set(prompts_in(folder / "train/questions.jsonl"))
+        num_leaked = sum(prompt in known for prompt in prompts_in(folder / "validation/questions.jsonl"))
+    report = DataReport(train=reports["train"], validation=reports.get("validation"), num_leaked=num_leaked)
+    (folder / "report.json").write_bytes(orjson.dumps(report.as_dict()))
+
+
+@contextmanager
+def _progress(show: bool, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that counts records done."""
+    if not show:
+        yield lambda count: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Tokenising records", total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+class _SplitBuilder:
+    """Collects the records of one split, and writes its store, questions and report."""
+
+    def __init__(self, config: Config, renderer: Renderer) -> None:
+        self.config = config
+        self.renderer = renderer
+        self.sequence_length = config.batch.sequence_length
+        self.input_ids: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
+        self.places: list[str] = []
+        self.questions: list[bytes] = []
+        self.too_long: list[tuple[str, int]] = []
+        self.num_rows = self.num_expanded = self.num_dropped = self.num_truncated = self.num_straddling = 0
+
+    def add(self, records: list[Record]) -> None:
+        """Render, tokenise and truncate some records."""
+        targets = self.config.objective.targets
+        for record, rendered in zip(records, self.renderer.render(records, targets), strict=True):
+            self.num_rows += 1
+            self.num_expanded += len(rendered) > 1
+            kept = [self._add(sequence) for sequence in rendered]
+            if kept[-1]:
+                self._add_question(record, target_turns(record, targets)[-1], rendered[-1])
+
+    def _add(self, rendered: Rendered) -> bool:
+        """Keep one training sequence unless it is too long. Returns whether it was kept."""
+        ids, weights = rendered.input_ids, rendered.weights
+        if len(ids) > self.sequence_length:
+            if self.config.data.truncate is Truncate.error:
+                self.too_long.append((rendered.place, len(ids)))
+                return False
+            if self.config.data.truncate is Truncate.drop:
+                self.num_dropped += 1
+                return False
+            ids, weights = self._truncated(rendered)
+            self.num_truncated += 1
+        if not weights[1:].any():
+            raise DataError(f"{rendered.place}: no target token is left.", do="write a longer prompt or answer.")
+        self.num_straddling += rendered.is_straddled
+        self.input_ids.append(ids)
+        self.weights.append(weights)
+        self.places.append(rendered.place)
+        return True
+
+    def _truncated(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
+        """Without enough tokens from the left of the prompt to fit; a bos token stays, and so does one prompt token."""
+        ids, weights = rendered.input_ids, rendered.weights
+        first_target = int(np.flatnonzero(weights)[0])
+        num_bos = int(ids[0] == self.renderer.tokenizer.bos_token_id)
+        surplus = len(ids) - self.sequence_length
+        if surplus > first_target - max(num_bos, 1):
+            raise DataError(
+                f"{rendered.place}: the {len(ids) - first_target} tokens from its first answer on don't fit into "
+                f"sequence_length={self.sequence_length}, even without the prompt.",
+                at="batch.sequence_length",
+                do="raise batch.sequence_length, shorten the record, or set data.truncate=drop.",
+            )
+        keep = np.r_[0:num_bos, num_bos + surplus : len(ids)]
+        return ids[keep], weights[keep]
+
+    def _add_question(self, record: Record, index: int, rendered: Rendered) -> None:
+        surplus = max(0, len(rendered.input_ids) - self.sequence_length)
+        num_prompt_tokens = None
+        if surplus:
+            learned = rendered.weights != 0
+            last_start = int(np.flatnonzero(learned & ~np.r_[False, learned[:-1]])[-1])
+            num_prompt_tokens = last_start - surplus
+        if line := write_question(record, index, num_prompt_tokens):
+            self.questions.append(line)
+
+    def write(self, folder: Path) -> SplitReport:
+        """Pack and write what was added. Raises DataError when records were too long or none is left."""
+        if self.too_long:
+            raise self._too_long_error()
+        if not self.input_ids:
+            raise DataError(
+                f"all {self.num_dropped} records were dropped: longer than sequence_length={self.sequence_length}.",
+                at="batch.sequence_length",
+                do="raise batch.sequence_length.",
+            )
+        packing = self.config.batch.packing
+        write_store(
+            folder, self.input_ids, self.weights, self.places, sequence_length=self.sequence_length, packing=packing
+        )
+        (folder / "questions.jsonl").write_bytes(b"".join(self.questions))
+        store = _open(folder, self.config)
+        return SplitReport(
+            num_rows=self.num_rows,
+            num_records=store.num_records,
+            num_expanded=self.num_expanded,
+            num_dropped=self.num_dropped,
+            num_truncated=self.num_truncated,
+            num_straddling=self.num_straddling,
+            num_tokens=store.num_tokens,
+            num_target_tokens=store.num_target_tokens,
+            num_sequences=store.num_sequences,
+            sequence_length=self.sequence_length,
+            longest=store.max_length,
+            fill=store.fill,
+        )
+
+    def _too_long_error(self) -> DataError:
+        longest = max(length for _, length in self.too_long)
+        shown = [f"{place}: {length} tokens" for place, length in self.too_long[:MAX_SHOWN]]
+        rest = f"\n  and {len(self.too_long) - MAX_SHOWN} more" if len(self.too_long) > MAX_SHOWN else ""
+        return DataError(
+            f"{len(self.too_long)} records are longer than sequence_length={self.sequence_length}:\n  "
+            + "\n  ".join(shown)
+            + rest,
+            at="batch.sequence_length",
+            do=f"set batch.sequence_length={longest}, or data.truncate=drop or left_of_prompt.",
+        )

@@ -1,0 +1,109 @@
+"""data.train and data.validation -> files and hub datasets, and a digest of what is in them."""
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+from tunesmith.train.errors import DataError
+from tunesmith.train.paths import resolve_path
+
+HUB_SCHEME = "hub:"
+SUFFIXES = (".jsonl", ".jsonl.gz")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or one split of a hub dataset."""
+
+    name: str  # as errors name it: the path as the user wrote it, or hub:<dataset id>:<split>
+    path: Path | None  # None: a hub dataset
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines of a file as bytes, without a byte order mark. Raises DataError when they can't be read."""
+        assert self.path is not None
+        try:
+            with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
+                for number, line in enumerate(file):
+                    yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{self.name} can't be read: {error}", at=self.name) from error
+
+    def rows(self) -> Any:
+        """The rows of a hub dataset: a `datasets.Dataset`."""
+        _, dataset_id, split = self.name.split(":")
+        return _load_dataset(dataset_id, split)
+
+    def digest(self) -> str:
+        """A hash of the content: the file's bytes, or the fingerprint that `datasets` keeps."""
+        if self.path is None:
+            return f"{self.name} {self.rows()._fingerprint}"
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{self.name} can't be read: {error}", at=self.name) from error
+
+
+def find_sources(names: list[str]) -> list[Source]:
+    """Files, folders (their .jsonl and .jsonl.gz files), globs and hub datasets, in a fixed order.
+
+    Raises: DataError when there is nothing under a name, or when a file comes twice.
+    """
+    sources = [source for name in names for source in _find(name)]
+    seen: set[Path | str] = set()
+    for source in sources:
+        identity = source.path.resolve() if source.path else source.name
+        if identity in seen:
+            raise DataError(f"{source.name} is given twice.", at=source.name, do="list every file once.")
+        seen.add(identity)
+    return sources
+
+
+def _find(name: str) -> list[Source]:
+    if name.startswith(HUB_SCHEME):
+        parts = name.removeprefix(HUB_SCHEME).split(":")
+        if len(parts) > 2 or not all(parts):
+            raise DataError(
+                f"{name} is not a hub dataset.", at=name, do="write hub:<dataset id> or hub:<dataset id>:<split>."
+            )
+        return [Source(f"{HUB_SCHEME}{parts[0]}:{parts[1] if len(parts) == 2 else 'train'}", None)]
+    path = Path(resolve_path(name)).expanduser()
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES) and file.is_file())
+        if not found:
+            raise DataError(
+                f"the folder {name} holds no .jsonl or .jsonl.gz file.", at=name, do="name the folder the files lie in."
+            )
+        return [Source(str(file), file) for file in found]
+    if path.is_file():
+        return [Source(name, path)]
+    if has_magic(str(path)):
+        found = sorted(Path(file) for file in glob(str(path), recursive=True) if Path(file).is_file())
+        if not found:
+            raise DataError(f"no file matches {name}.", at=name, do=f"relative paths start at {Path.cwd()}.")
+        return [Source(str(file), file) for file in found]
+    raise DataError(f"there is no file or folder {name}.", at=name, do=f"relative paths start at {Path.cwd()}.")
+
+
+def _load_dataset(dataset_id: str, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"hub:{dataset_id} needs the datasets library.", at=dataset_id, do="pip install 'tunesmith[hub]'."
+        ) from error
+    try:
+        return datasets.load_dataset(dataset_id, split=split)
+    except Exception as error:  # the hub's client, the network and a dataset's files raise all kinds
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"hub:{dataset_id}:{split} can't be loaded: {first_line}",
+            at=f"hub:{dataset_id}:{split}",
+            do="check the id and the split; a gated dataset needs HF_TOKEN, and the first use the internet.",
+        ) from error

@@ -1,0 +1,207 @@
+"""The training engine. With engine_config.py and engine_sharding.py, the only place that knows DeepSpeed."""
+
+import logging
+import math
+import warnings
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from tunesmith.kernels.cross_entropy import token_nll
+from tunesmith.train.config import AdapterKind, Config, Offload, Precision
+from tunesmith.train.data.store import MicroBatch
+from tunesmith.train.distributed import World
+from tunesmith.train.engine_config import deepspeed_config
+from tunesmith.train.engine_sharding import full_shape, gathered
+from tunesmith.train.errors import TrainingError
+
+TAG = "engine"  # folder of DeepSpeed's files inside a checkpoint
+
+# DeepSpeed compiles a shared-memory all-reduce for CPU inference at every first start (about 50 s, and a stale build
+# lock hangs later starts for ever). Training reduces through gloo and never calls it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# 2026-11: DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed; nothing a user can mend.
+warnings.filterwarnings(
+    "ignore", message=".*is deprecated. Please use", category=FutureWarning, module="torch.distributed"
+)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer update did. grad_norm is before clipping; applied is False when it was not finite."""
+
+    grad_norm: float
+    applied: bool
+
+
+class TargetRows:
+    """Lets the output head see only the rows whose label counts.
+
+    A pre-hook on the head, so that whatever the model does around it (scaling, soft-capping, an adapter on the head)
+    still happens, at the cost of the rows that are learned from.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: torch.Tensor | None = None
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise TrainingError(
+                f"{type(model).__name__} has no output embeddings.", do="choose a causal language model."
+            )
+        head.register_forward_pre_hook(self._select)
+
+    def _select(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if self.rows is None:
+            return None
+        return (args[0].flatten(0, 1)[self.rows][None], *args[1:])
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which decay, and norms, biases and embeddings, which do not."""
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            matrix = len(full_shape(parameter)) >= 2 and id(parameter) not in embeddings
+            (decayed if matrix else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW: DeepSpeed's CPU kernel under offload, torch's fused one elsewhere."""
+    settings = config.optimizer
+    groups = parameter_groups(model, settings.weight_decay)
+    arguments: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.eps,
+    }
+    if config.engine.offload_optimizer is not Offload.none:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+    return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+class Engine:
+    """A model on all ranks: forward, backward, update, whole parameters, save and load."""
+
+    def __init__(self, model: nn.Module, config: Config, world: World, device: torch.device) -> None:
+        self.device = device
+        self.world = world
+        self._config = config
+        self._target_rows = TargetRows(model)
+        if device.type == "cpu":
+            model.to(device)
+        optimizer = make_optimizer(model, config, device)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, world.world_size),
+            dist_init_required=False,
+        )
+        self._plain_fp32 = config.engine.stage == 0 and config.engine.precision is Precision.fp32
+
+    @property
+    def module(self) -> Any:
+        """The model itself, with the engine's hooks on it."""
+        return self._engine.module
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    def target_logits(self, batch: MicroBatch) -> torch.Tensor:
+        """Logits of the rows whose label counts: [N, V], in the order of batch.target_rows."""
+        self._target_rows.rows = batch.target_rows
+        try:
+            outputs = self._engine(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=False
+            )
+        finally:
+            self._target_rows.rows = None
+        return outputs[0][0]
+
+    def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
+        """Weighted sum, not mean, of the negative log-likelihoods of the batch's targets; 0 when it has none."""
+        labels, weights = batch.targets()
+        return (token_nll(self.target_logits(batch), labels) * weights).sum()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of a loss that is already this rank's share of the global loss.
+
+        DeepSpeed averages over ranks, which the factor undoes, and would divide by the accumulation steps, which
+        scale_wrt_gas turns off. The second factor is 1 for a finite loss and NaN otherwise: a loss can be infinite
+        with finite gradients, and this makes the gradients say so, without waiting for the device.
+        """
+        poison = 1.0 + 0.0 * loss.detach()
+        self._engine.backward(loss * (self.world.world_size * poison), scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # between boundaries: counts the micro step, changes no weight
+
+    def step(self) -> Update:
+        """One update from the gradients of all ranks; left out when they are not finite."""
+        if self._plain_fp32:
+            return self._plain_step()
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        norm = self._engine.get_global_grad_norm()
+        return Update(grad_norm=float(norm) if applied and norm is not None else math.inf, applied=applied)
+
+    def _plain_step(self) -> Update:
+        """ZeRO 0 in fp32: DeepSpeed neither reports the norm nor skips there."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients).item())
+        finite = math.isfinite(norm)
+        if not finite:
+            for parameter in self.module.parameters():
+                parameter.grad = None  # AdamW leaves a parameter without a gradient as it is
+        self._engine.step()
+        return Update(grad_norm=norm, applied=finite)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def whole_parameters(self, names: Container[str]) -> Iterator[tuple[str, nn.Parameter]]:
+        """The named parameters, whole while each is held, one at a time. Every rank must go through all of them."""
+        for name, parameter in self.module.named_parameters():
+            if name in names:
+                with gathered([parameter]):
+                    yield name, parameter
+
+    def save(self, folder: Path) -> None:
+        """This rank's part of weights, optimizer state and loss scale; frozen weights are left out with an adapter."""
+        self._engine.save_checkpoint(
+            str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._frozen_left_out
+        )
+
+    def load(self, folder: Path) -> None:
+        """Restores what save() wrote. Raises TrainingError when the files do not fit this engine."""
+        try:
+            loaded, _ = self._engine.load_checkpoint(
+                str(folder), tag=TAG, load_module_strict=not self._frozen_left_out, load_lr_scheduler_states=False
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise TrainingError(
+                f"the checkpoint does not load: {type(error).__name__}: {reason}",
+                at=str(folder),
+                do="resume with the same ranks, engine, adapter and model, or start with resume=never.",
+            ) from error
+        if loaded is None:
+            raise TrainingError(
+                "the checkpoint holds no engine state.", at=str(folder), do="choose another checkpoint."
+            )
+
+    @property
+    def _frozen_left_out(self) -> bool:
+        return self._config.adapter.kind is not AdapterKind.none

@@ -1,0 +1,46 @@
+"""Parameters that ZeRO 3 holds in parts: made so, seen whole for a moment, and their true shape.
+
+DeepSpeed is imported where a parameter is split and nowhere else: talking to a finished model must not load it.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from tunesmith.train.config import Config
+from tunesmith.train.distributed import World
+from tunesmith.train.engine_config import deepspeed_config
+
+
+def sharded_init(config: Config, world: World, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Modules made inside are split over the ranks at once under ZeRO 3, so that no rank ever holds the whole model."""
+    if config.engine.stage != 3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, world.world_size), dtype=dtype)
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+    """Whole parameters inside, where ZeRO 3 has split them; with write, what rank 0 leaves in them is everyone's."""
+    split = [parameter for parameter in parameters if is_split(parameter)]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
+        yield
+
+
+def is_split(parameter: nn.Parameter) -> bool:
+    """True where ZeRO 3 holds the parameter in parts."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, also where this rank holds a part of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

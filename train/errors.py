@@ -1,0 +1,45 @@
+"""The errors a person can cause, each with what is wrong, where, and what to do."""
+
+
+class TunesmithError(Exception):
+    """A mistake in what the user gave us; printed as it is, without a traceback.
+
+    Args:
+        what: the problem in one sentence, with its numbers.
+        at: the place: a config key with file and line, `data.jsonl:12`, a folder.
+        do: the remedy.
+    """
+
+    def __init__(self, what: str, *, at: str | None = None, do: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.at = at
+        self.do = do
+
+    def __str__(self) -> str:
+        lines = [f"{type(self).__name__}: {self.what}"]
+        if self.at:
+            lines.append(f"  at: {self.at}")
+        if self.do:
+            lines.append(f"  do: {self.do}")
+        return "\n".join(lines)
+
+
+class ConfigError(TunesmithError):
+    """A setting is unknown, impossible, or contradicts another. `key` is its dotted name, which leads to its line."""
+
+    def __init__(self, what: str, *, key: str | None = None, at: str | None = None, do: str | None = None) -> None:
+        super().__init__(what, at=at or key, do=do)
+        self.key = key
+
+
+class DataError(TunesmithError):
+    """A training or validation file is missing or has a bad row."""
+
+
+class ModelError(TunesmithError):
+    """A model or tokenizer cannot be loaded, or cannot do what the config asks of it."""
+
+
+class TrainingError(TunesmithError):
+    """The run cannot go on: losses not finite, a checkpoint that does not fit, a model that reads back wrong."""

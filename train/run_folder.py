@@ -1,0 +1,74 @@
+"""The run folder: its name, whether it can be written, and files that are written whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from tunesmith.train.config import Config
+from tunesmith.train.errors import ConfigError
+
+MODEL = "model"  # what the run leaves behind
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+SPARE_BYTES = 256 * 2**20  # for metrics, the report and W&B's files
+
+
+def choose(config: Config) -> Path:
+    """The run folder: output_dir, or runs/<name>-<date>-<time>. Only rank 0 may ask: a clock differs between ranks."""
+    if config.output_dir:
+        return Path(config.output_dir).expanduser().absolute()
+    return Path("runs", f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+
+
+def check_usable(folder: Path, resume: str) -> None:
+    """Raises ConfigError when the folder holds something else, or a run that must not be written over."""
+    is_run = (folder / CONFIG).is_file()
+    if folder.is_dir() and any(folder.iterdir()) and not is_run:
+        raise ConfigError(f"{folder} is not empty and holds no run.", at="output_dir", do="choose another output_dir.")
+    if is_run and resume != "auto":
+        raise ConfigError(
+            f"{folder} already holds a run.",
+            at="output_dir",
+            do="choose another output_dir, or go on with resume=auto.",
+        )
+    check_writable(folder)
+
+
+def create(folder: Path, config_yaml: str) -> None:
+    """Makes the folder with the resolved config in it; rank 0 only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+
+
+def check_writable(folder: Path, needed_bytes: int = SPARE_BYTES) -> None:
+    """Raises ConfigError when the folder cannot be made or its disk has less than needed_bytes free. Leaves nothing."""
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ConfigError(f"{parent} is a file.", at="output_dir", do="choose another output_dir.")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".tunesmith-", dir=parent))
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder cannot be made in {parent}: {error.strerror}.",
+            at="output_dir",
+            do="choose another output_dir.",
+        ) from None
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise ConfigError(
+            f"the run needs about {needed_bytes / 2**30:.2g} GiB of disk, and {free / 2**30:.2g} GiB are free.",
+            at=f"output_dir ({parent})",
+            do="free space, choose another output_dir, or keep fewer checkpoints (checkpoint.keep_last).",
+        )
+
+
+def write_json(path: Path, tree: object) -> None:
+    """Writes a file whole or not at all."""
+    staged = path.with_name(f".{path.name}.staged")
+    staged.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    os.replace(staged, path)
