@@ -31,8 +31,8 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
             value = argument.split("=", 1)[1]
         else:
             rest.append(argument)
-    if pending:
-        raise ConfigError(f"{name} needs a value.", at="command line")
+    if pending or value == "":
+        raise ConfigError(f"{name} needs a value.", at="command line", do=f"write {name} <value>.")
     return value, rest
 
 
@@ -79,7 +79,7 @@ def main(body: Callable[[list[str]], object]) -> NoReturn:
     try:
         body(without_local_rank(sys.argv[1:]))
     except TunesmithError as error:
-        if int(os.environ.get("RANK", 0)) > 0:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) > 0:
             time.sleep(OTHERS_WAIT_SECONDS)
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()

@@ -24,8 +24,9 @@ def train(arguments: list[str]) -> None:
     from tunesmith.train.compose import CONF_DIR, compose_config
 
     config_dir, overrides = take_option(arguments, "--config-dir")
-    folders = [CONF_DIR, *([Path(config_dir)] if config_dir else [])]
+    own = None if config_dir is None else Path(config_dir).expanduser()
     if {"-h", "--help"} & set(overrides):
+        folders = [CONF_DIR, *([own] if own and own.is_dir() else [])]
         sys.stdout.write(f"{__doc__}\n{groups(folders)}\nEvery setting: docs/config.md\n")
         return
     if {"-m", "--multirun"} & set(overrides):
@@ -33,7 +34,7 @@ def train(arguments: list[str]) -> None:
             "a sweep cannot run inside the ranks of one training.", at="--multirun", do="use launch/sweep.py -m."
         )
     show = "--cfg" in overrides
-    composed = compose_config([item for item in overrides if item != "--cfg"], Path(config_dir) if config_dir else None)
+    composed = compose_config([item for item in overrides if item != "--cfg"], own)
     if show:
         import yaml
 
@@ -41,7 +42,8 @@ def train(arguments: list[str]) -> None:
         return
     from tunesmith.train.run import run
 
-    run(composed)
+    with composed.errors_located():
+        run(composed)
 
 
 def groups(folders: list[Path]) -> str:

@@ -29,13 +29,28 @@ def _add_lora(model: nn.Module, adapter: AdapterConfig) -> nn.Module:
     )
     try:
         # The engine holds fp32 master weights; a second dtype in the model would only split its buffers.
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ModelError(
             f"LoRA does not fit this model: {' '.join(str(error).split())[:300]}",
             at="adapter.target_modules",
             do="set adapter.target_modules=all-linear or a list of the model's linear layers.",
         ) from None
+    if isinstance(adapter.target_modules, list):
+        _check_all_found(adapter.target_modules, adapted.targeted_module_names)
+    return adapted
+
+
+def _check_all_found(wanted: list[str], found: list[str]) -> None:
+    """PEFT is content when one name of the list is found; a misspelt one would be left out unsaid."""
+    absent = [name for name in wanted if not any(f".{module}".endswith(f".{name}") for module in found)]
+    if absent:
+        there = ", ".join(sorted({module.rsplit(".", 1)[-1] for module in found}))
+        raise ModelError(
+            f"the model has no module {', '.join(absent)} for LoRA.",
+            at="adapter.target_modules",
+            do=f"correct the name (found: {there}), or set adapter.target_modules=all-linear.",
+        )
 
 
 def _train_last_layers(model: nn.Module, num_layers: int) -> None:

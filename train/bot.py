@@ -12,6 +12,7 @@ from tunesmith.train import run_folder
 from tunesmith.train.compose import load_resolved
 from tunesmith.train.data.prepare import Question
 from tunesmith.train.data.render import encode_prompt, stop_token_ids
+from tunesmith.train.data.template import visible_answer
 from tunesmith.train.distributed import World
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.generate import answers
@@ -55,7 +56,7 @@ class Bot:
             pad_token_id=self.tokenizer.pad_token_id,
             progress=progress,
         )
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+        return [visible_answer(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
 
     def stream(self, messages: list[dict[str, Any]]) -> Iterator[str]:
         """The answer to a conversation, piece by piece as it is made."""

@@ -16,6 +16,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,9 +24,11 @@ from safetensors.torch import load_file, save_file
 
 from tunesmith.train import distributed
 from tunesmith.train.distributed import World
-from tunesmith.train.engine import Engine
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.run_folder import write_json
+
+if TYPE_CHECKING:
+    from tunesmith.train.engine import Engine
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})$")
 
@@ -54,7 +57,7 @@ class Checkpoints:
         self._fingerprint = fingerprint
         self._world = world
 
-    def save(self, engine: Engine, state: RunState) -> Path:
+    def save(self, engine: "Engine", state: RunState) -> Path:
         """Writes the state after state.step steps. Every rank calls it; raises TrainingError when one cannot write."""
         target = self.folder / f"step-{state.step:06d}"
         if target.exists():
@@ -107,7 +110,7 @@ class Checkpoints:
         steps = self.steps()
         return self.folder / f"step-{steps[-1]:06d}" if steps else None
 
-    def load(self, engine: Engine, path: Path) -> RunState:
+    def load(self, engine: "Engine", path: Path) -> RunState:
         """Restores engine, random numbers and counters from one checkpoint. Every rank calls it."""
         check(path, self._fingerprint)
         engine.load(path)
@@ -123,7 +126,7 @@ def find(resume: str, run_dir: Path) -> Path | None:
     """
     if resume == "never":
         return None
-    root = run_dir if resume == "auto" else Path(resume)
+    root = run_dir if resume == "auto" else Path(resume).expanduser()
     if (root / "MANIFEST.json").is_file():
         return root
     newest = Checkpoints(root, keep_last=1, fingerprint={}, world=World()).newest()

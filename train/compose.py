@@ -3,12 +3,13 @@
 Hydra composes and nothing more: no `_target_` of a user's config is ever instantiated.
 """
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -18,13 +19,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from tunesmith.train.config import Config
-from tunesmith.train.errors import ConfigError
+from tunesmith.train.errors import ConfigError, TunesmithError
+from tunesmith.train.own_yaml import check_option, check_own_folder, not_yaml
+from tunesmith.train.places import CONF_DIR, Places, one_line
+from tunesmith.train.suggest import did_you_mean, suggest_key
 
-CONF_DIR = Path(__file__).absolute().parent.parent / "conf"
 RAW_KEY = "engine.deepspeed"  # everything below it is DeepSpeed's own language
+SEE_DOCS = "docs/config.md lists every setting."
 
 
 @dataclass
@@ -33,12 +37,23 @@ class Composed:
 
     config: Config
     resolved: dict[str, Any]
+    places: Places | None = None  # where its values stand; None for one that was read back
+
+    @contextmanager
+    def errors_located(self) -> Iterator[None]:
+        """Puts file and line behind the key of an error that is found while the run uses the config."""
+        try:
+            yield
+        except TunesmithError as error:
+            if self.places and error.at and (error.at in schema_keys() or error.at.startswith(f"{RAW_KEY}.")):
+                error.at = self.places.find(error.at)
+            raise
 
 
-def schema_keys(schema: type = Config, prefix: str = "") -> dict[str, type]:
+def schema_keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of the schema with its type, groups included."""
     hints = get_type_hints(schema)
-    keys: dict[str, type] = {}
+    keys: dict[str, Any] = {}
     for field in fields(schema):
         key, hint = f"{prefix}{field.name}", hints[field.name]
         keys[key] = hint
@@ -52,23 +67,28 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
 
     Raises ConfigError for an unknown key or option, a value of the wrong type, a missing value, or a failed check.
     """
-    if config_dir is not None and not config_dir.is_dir():
-        raise ConfigError(
-            f"there is no folder {config_dir}.", at="--config-dir", do="give the folder with your yaml files."
-        )
-    folders = [CONF_DIR, *([config_dir.absolute()] if config_dir else [])]
-    _check_overrides(overrides, folders)
+    own = config_dir.expanduser().absolute() if config_dir is not None else None
+    folders = [CONF_DIR, *([own] if own else [])]
+    places = Places(list(overrides), folders)
+    with _errors_in_our_words(places):
+        if own:
+            check_own_folder(own, places, lambda group: group_options(group, folders))
+        _check_overrides(overrides, folders)
+        composed = _to_config(compose_tree(overrides, own))
+    composed.places = places
+    return composed
+
+
+def compose_tree(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
+    """What Hydra makes of the yaml files and overrides; values that are still missing read ???."""
     ConfigStore.instance().store(name="schema", node=Config)
     arguments = [_admit_raw_key(override) for override in overrides]
     if config_dir:
-        arguments.append(f"hydra.searchpath=['file://{config_dir.absolute()}']")
-    with _errors_in_our_words(Places(list(overrides), folders)):
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="tunesmith"):
-            composed = compose("config", arguments, return_hydra_config=True)
-    places = Places(list(overrides), folders, dict(composed.hydra.runtime.choices))
-    with _errors_in_our_words(places):
-        return _to_config(composed)
+        quoted = str(config_dir).replace("\\", "\\\\").replace("'", "\\'")
+        arguments.append(f"hydra.searchpath=['file://{quoted}']")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="tunesmith"):
+        return compose("config", arguments)
 
 
 def load_resolved(path: Path) -> Config:
@@ -94,126 +114,83 @@ def _to_config(tree: DictConfig) -> Composed:
 
 def _admit_raw_key(override: str) -> str:
     """`engine.deepspeed.a.b=1` adds a key that our schema does not list, which Hydra wants said with ++."""
-    return f"++{override}" if override.startswith(f"{RAW_KEY}.") else override
+    return f"++{override}" if override.startswith((f"{RAW_KEY}.", f"{RAW_KEY}={{")) else override
 
 
 def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
     """Raises ConfigError for the first override that names no key, no group, or no option of its group."""
     keys = schema_keys()
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise ConfigError(
-                f"{text!r} is not an override: {_first_line(error)}",
-                at="command line",
-                do="write key=value, quoted for the shell.",
-            ) from None
-        key = override.key_or_group
-        if key.startswith((f"{RAW_KEY}.", "hydra.")) or (key in keys and not is_dataclass(keys[key])):
-            continue
-        options = group_options(key, folders)
-        if not options:
-            raise _unknown_key(key, "command line", folders)
-        _check_option(override, options)
-
-
-def _check_option(override: Override, options: list[str]) -> None:
-    value = override.value()
-    chosen = value if isinstance(value, list) else [value]
-    for option in chosen:
-        if isinstance(option, str) and option in options:
-            continue
+    experiments = [text for text in overrides if text.startswith("+exp=")]
+    if len(experiments) > 1:
         raise ConfigError(
-            f"{override.key_or_group} has no option {option!r}.{_nearest(str(option), options)}",
-            at="command line",
-            do=f"choose one of {', '.join(options)}.",
+            f"there are {len(experiments)} experiments.",
+            at=f"command line: {' '.join(experiments)}",
+            do="keep one, or write +exp=[one,two]: the second changes the first.",
         )
+    for text in overrides:
+        override = _parsed(text)
+        key, at = override.key_or_group, f"command line: {one_line(text)}"
+        options = group_options(key, folders)
+        is_setting = key.startswith(f"{RAW_KEY}.") or (key in keys and not is_dataclass(keys[key]))
+        if not is_setting and not options:
+            raise _unknown_key(key, at, folders)
+        if override.is_delete():
+            raise ConfigError(f"{key} cannot be taken away.", at=at, do=f"give it another value: {key}=<value>.")
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{text} gives several values to one run.", at=at, do="give one; a list is written [a,b]."
+            )
+        if is_setting and override.is_add() and not override.is_force_add() and not key.startswith(f"{RAW_KEY}."):
+            raise ConfigError(f"{key} is there already.", at=at, do=f"write {text.lstrip('+')}, without the plus.")
+        if options:
+            _check_choice(text, override.value(), key, options)
+
+
+def _parsed(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(
+            f"{text!r} is not an override: {_first_line(error)}.",
+            at="command line",
+            do="write key=value, quoted for the shell.",
+        ) from None
+    if not override.key_or_group:
+        raise ConfigError(f"{text!r} names no setting.", at="command line", do="write key=value.")
+    return override
+
+
+def _check_choice(text: str, value: object, group: str, options: list[str]) -> None:
+    at = f"command line: {one_line(text)}"
+    if group == "exp" and not text.startswith("+"):
+        raise ConfigError("an experiment is added, with a plus.", at=at, do=f"write +{text}.")
+    if group != "exp" and text.startswith("+"):
+        raise ConfigError(f"{group} has an option already.", at=at, do=f"write {text.lstrip('+')}, without the plus.")
+    if isinstance(value, dict):
+        raise ConfigError(
+            f"{group} takes one of its options.", at=at, do=f"set its keys one by one: {group}.<key>=<value>."
+        )
+    for option in value if isinstance(value, list) else [value]:
+        check_option(group, option, options, at)
 
 
 def group_options(group: str, folders: list[Path]) -> list[str]:
     """Names of the yaml files of a config group over all folders; empty when there is no such group."""
+    if not group.isidentifier():
+        return []
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def _unknown_key(key: str, at: str, folders: list[Path]) -> ConfigError:
-    known = list(schema_keys())
-    groups = [
-        path.name for folder in folders for path in folder.iterdir() if path.is_dir() and any(path.glob("*.yaml"))
-    ]
-    guess = _nearest(key, known + groups)
-    if not guess:  # `learning_rate` without its group
-        same = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-        guess = f" Did you mean {same[0]}?" if same else _nearest_leaf(key, known)
-    return ConfigError(f"there is no setting {key!r}.{guess}", at=at, do="docs/config.md lists every setting.")
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def _nearest_leaf(key: str, known: list[str]) -> str:
-    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)
-    return f" Did you mean {leaves[close[0]]}?" if close else ""
-
-
-@dataclass
-class Places:
-    """Where a key got its value: the command line first, then the yaml files from the most specific down."""
-
-    overrides: list[str]
-    folders: list[Path]
-    choices: dict[str, Any] | None = None
-
-    def find(self, key: str) -> str:
-        for override in reversed(self.overrides):
-            if override.lstrip("+~").split("=", 1)[0] == key:
-                return f"{key} (command line: {override})"
-        group, _, inner = key.partition(".")
-        for path, path_key in self._candidates(group, inner, key):
-            line = line_of_key(path, path_key.split("."))
-            if line:
-                return f"{key} ({_shown(path)}:{line})"
-        return key
-
-    def _candidates(self, group: str, inner: str, key: str) -> Iterator[tuple[Path, str]]:
-        choices = self.choices or {}
-        for folder in reversed(self.folders):
-            for name in _experiments(choices, self.overrides):
-                yield folder / "exp" / f"{name}.yaml", key
-            if inner and choices.get(group):
-                yield folder / group / f"{choices[group]}.yaml", inner
-            yield folder / "config.yaml", key
-
-
-def _experiments(choices: dict[str, Any], overrides: list[str]) -> list[str]:
-    named = [text.split("=", 1)[1] for text in overrides if text.lstrip("+").startswith("exp=")]
-    chosen = [str(value) for group, value in choices.items() if group == "exp"]
-    return list(dict.fromkeys(named + chosen))
-
-
-def line_of_key(path: Path, keys: list[str]) -> int | None:
-    """Line of a nested key in a yaml file, counted from 1; None when it does not stand there."""
-    if not path.is_file():
-        return None
-    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    line = None
-    for name in keys:
-        if not isinstance(node, yaml.MappingNode):
-            return None
-        pairs = {key.value: (key, value) for key, value in node.value}
-        if name not in pairs:
-            return None
-        line, node = pairs[name][0].start_mark.line + 1, pairs[name][1]
-    return line
-
-
-def _shown(path: Path) -> str:
-    if path.is_relative_to(CONF_DIR):
-        return f"conf/{path.relative_to(CONF_DIR)}"
-    return str(path)
+    if key.startswith("hydra"):
+        return ConfigError(
+            f"Hydra only composes here, so {key} has no effect.",
+            at=at,
+            do="set output_dir=<folder> for the run folder.",
+        )
+    groups = {path.name for folder in folders for path in folder.iterdir() if any(path.glob("*.yaml"))}
+    guess = suggest_key(key, list(dict.fromkeys([*schema_keys(), *sorted(groups)])))
+    return ConfigError(f"there is no setting {key!r}.{did_you_mean(guess)}", at=at, do=SEE_DOCS)
 
 
 @contextmanager
@@ -228,19 +205,33 @@ def _errors_in_our_words(places: Places) -> Iterator[None]:
     except (OmegaConfBaseException, HydraException) as error:
         raise _translated(error, places) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid yaml: {' '.join(str(error).split())}", at="config files") from None
+        raise not_yaml(error) from None
 
 
 def _translated(error: BaseException, places: Places) -> ConfigError:
     cause: BaseException = error
     while not getattr(cause, "full_key", None) and (cause.__cause__ or cause.__context__):
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    key = getattr(cause, "full_key", None)
-    if key and key not in schema_keys():
+    key, keys = getattr(cause, "full_key", None), schema_keys()
+    if key and key not in keys and key.split("[")[0] not in keys:
         return _unknown_key(key, places.find(key), places.folders)
     if key:
-        return ConfigError(f"{_first_line(cause)}.", at=places.find(key), do="docs/config.md says what fits.")
-    return ConfigError(_first_line(error), at="config", do="docs/config.md lists every setting.")
+        key = key.split("[")[0]
+        broken = isinstance(cause, InterpolationResolutionError)
+        do = "write the value, or correct what stands in ${...}." if broken else f"give {type_in_words(keys[key])}."
+        return ConfigError(f"{key}: {_first_line(cause)}.", at=places.find(key), do=do)
+    return ConfigError(f"{_first_line(error)}.", at="config", do=SEE_DOCS)
+
+
+def type_in_words(hint: Any) -> str:
+    """What a setting takes, such as `a whole number or null`."""
+    arguments = get_args(hint)
+    if NoneType in arguments:
+        return " or ".join([*(type_in_words(argument) for argument in arguments if argument is not NoneType), "null"])
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"one of {', '.join(str(option.value) for option in hint)}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list of texts"}
+    return words.get(get_origin(hint) or hint, "key=value pairs")
 
 
 def _first_line(error: BaseException) -> str:

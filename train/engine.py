@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from tunesmith.kernels.cross_entropy import token_nll
-from tunesmith.train.config import AdapterKind, Config, Offload, Precision
+from tunesmith.train.config import AdapterKind, Config, Offload
 from tunesmith.train.data.store import MicroBatch
 from tunesmith.train.distributed import World
-from tunesmith.train.engine_config import deepspeed_config
+from tunesmith.train.engine_config import deepspeed_config, is_plain_fp32, raw_keys_explained
 from tunesmith.train.engine_sharding import full_shape, gathered
 from tunesmith.train.errors import TrainingError
 
@@ -89,6 +89,23 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> to
     return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
+def leave_out_frozen_twins(model: nn.Module) -> None:
+    """Keeps the second name of a frozen tied weight out of state_dict().
+
+    DeepSpeed 0.19.8 leaves frozen weights out of a checkpoint by their first name only: with a tied head, every LoRA
+    checkpoint would hold the whole embedding.
+    """
+    first = {name for name, _ in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    twins = {name for name, parameter in every if name not in first and not parameter.requires_grad}
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in twins:
+            state.pop(prefix + name, None)
+
+    model.register_state_dict_post_hook(drop)
+
+
 class Engine:
     """A model on all ranks: forward, backward, update, whole parameters, save and load."""
 
@@ -99,14 +116,17 @@ class Engine:
         self._target_rows = TargetRows(model)
         if device.type == "cpu":
             model.to(device)
+        if self._frozen_left_out:
+            leave_out_frozen_twins(model)
         optimizer = make_optimizer(model, config, device)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, world.world_size),
-            dist_init_required=False,
-        )
-        self._plain_fp32 = config.engine.stage == 0 and config.engine.precision is Precision.fp32
+        with raw_keys_explained(config):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(config, world.world_size),
+                dist_init_required=False,
+            )
+        self._plain_fp32 = is_plain_fp32(config.engine)
 
     @property
     def module(self) -> Any:
@@ -157,15 +177,17 @@ class Engine:
         return Update(grad_norm=float(norm) if applied and norm is not None else math.inf, applied=applied)
 
     def _plain_step(self) -> Update:
-        """ZeRO 0 in fp32: DeepSpeed neither reports the norm nor skips there."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients).item())
-        finite = math.isfinite(norm)
-        if not finite:
-            for parameter in self.module.parameters():
+        """Norm, clipping and skipping, which DeepSpeed leaves to us where it steps torch's optimizer itself."""
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total_norm.item())
+        if not math.isfinite(norm):
+            for parameter in parameters:
                 parameter.grad = None  # AdamW leaves a parameter without a gradient as it is
+        elif self._config.optimizer.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self._config.optimizer.max_grad_norm, total_norm)
         self._engine.step()
-        return Update(grad_norm=norm, applied=finite)
+        return Update(grad_norm=norm, applied=math.isfinite(norm))
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self._engine.optimizer.param_groups:

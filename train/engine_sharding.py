@@ -11,7 +11,7 @@ from torch import nn
 
 from tunesmith.train.config import Config
 from tunesmith.train.distributed import World
-from tunesmith.train.engine_config import deepspeed_config
+from tunesmith.train.engine_config import deepspeed_config, raw_keys_explained
 
 
 def sharded_init(config: Config, world: World, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -20,7 +20,11 @@ def sharded_init(config: Config, world: World, dtype: torch.dtype) -> AbstractCo
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, world.world_size), dtype=dtype)
+    import tunesmith.train.engine  # noqa: F401  which sets DeepSpeed's options
+
+    deepspeed.init_distributed()  # takes over the ranks that have met; without it zero.Init counts one
+    with raw_keys_explained(config):
+        return deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, world.world_size), dtype=dtype)
 
 
 @contextmanager

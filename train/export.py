@@ -166,7 +166,8 @@ def probe_ids(model: Any) -> torch.Tensor:
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    difference = (found.detach() - expected.detach()).abs().max()
+    return float(difference / expected.detach().abs().max().clamp_min(1e-6))
 
 
 @torch.no_grad()

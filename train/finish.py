@@ -5,6 +5,7 @@ from typing import Any
 
 from tunesmith.train import distributed, export, run_folder
 from tunesmith.train.data.render import stop_token_ids
+from tunesmith.train.data.template import visible_answer
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.evaluate import answer_metrics, same_answer
 from tunesmith.train.generate import answers
@@ -58,7 +59,7 @@ def _answer_questions(run: Run, step: int) -> dict[str, float]:
         pad_token_id=run.tokenizer.pad_token_id,
         progress=lambda done, total: run.reporter.phase(f"generating answers {done}/{total}"),
     )
-    texts = [run.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+    texts = [visible_answer(run.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
     expected = [question.answer for question in questions]
     figures = answer_metrics(texts, expected)
     run.reporter.evaluation(step, figures)

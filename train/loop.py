@@ -151,17 +151,22 @@ class Loop:
                 "these steps; optimizer.max_skipped_steps sets the limit.",
             )
 
-    def _evaluate(self) -> None:
-        if self.run.data.validation is None:
-            return
-        self.run.reporter.phase("evaluating")
-        metrics = evaluate(
+    def _measure(self) -> dict[str, float]:
+        """The figures of the validation split."""
+        assert self.run.data.validation is not None
+        return evaluate(
             self.run.engine,
             self.run.data.validation,
             batch_size=self.run.config.evaluate.batch_size,
             world=self.run.world,
             pad_token_id=self.run.tokenizer.pad_token_id,
         )
+
+    def _evaluate(self) -> None:
+        if self.run.data.validation is None:
+            return
+        self.run.reporter.phase("evaluating")
+        metrics = self._measure()
         self._evaluated_step = self.run.state.step
         self.last_evaluation = metrics
         self.run.reporter.evaluation(self.run.state.step, metrics)
@@ -169,7 +174,7 @@ class Loop:
 
     def _note_best(self, loss: float) -> None:
         state = self.run.state
-        if state.best_eval_loss is not None and not loss < state.best_eval_loss:
+        if not loss < (math.inf if state.best_eval_loss is None else state.best_eval_loss):
             state.evaluations_without_better += 1
             return
         state.evaluations_without_better = 0

@@ -3,8 +3,10 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.train import run_folder
@@ -29,8 +31,8 @@ def merge(run_dir: Path, out: Path) -> str:
     ids = probe_ids(adapted)
     expected = adapted(input_ids=ids).logits[0].float()
     dtype = next(adapted.parameters()).dtype
+    _untie_adapted(adapted)
     merged = adapted.float().merge_and_unload()
-    _untie_where_they_differ(merged)
     merged.to(dtype)
     merged.config.use_cache = True
     staged = out.with_name(f".{out.name}.staged")
@@ -47,9 +49,10 @@ def merge(run_dir: Path, out: Path) -> str:
     return f"merged, opened again, logits within {error:.1e} of the adapter's"
 
 
-def _untie_where_they_differ(model: torch.nn.Module) -> None:
-    """Tells the config that embedding and head are two, where merging has made them so."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    if model.config.tie_word_embeddings and head.weight is not embedding.weight:  # type: ignore[union-attr]
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+def _untie_adapted(model: Any) -> None:
+    """Makes two of an embedding and a head that share a weight, where the adapter changes one of them."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and (hasattr(head, "base_layer") or hasattr(embedding, "base_layer")):
+        holder = getattr(head, "base_layer", head)
+        holder.weight = nn.Parameter(holder.weight.detach().clone())
+        model.config.tie_word_embeddings = False

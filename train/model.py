@@ -5,10 +5,12 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -30,23 +32,32 @@ def load_model(config: Config, world: World) -> nn.Module:
     Raises ModelError when the name leads nowhere, the weights do not fit, or code would have to run.
     """
     settings = config.model
-    hf_config = load_hf_config(settings)
-    if config.batch.sequence_length > (limit := getattr(hf_config, "max_position_embeddings", None) or 2**62):
-        raise ModelError(
-            f"sequence_length={config.batch.sequence_length} is beyond the {limit} positions of the model.",
-            at=f"batch.sequence_length and {settings.name_or_path}",
-            do=f"set batch.sequence_length to {limit} or less.",
-        )
+    hf_config = check_model(config)
     if config.engine.stage == 3 and not settings.random_weights:
         model = _load_sharded(config, world, hf_config)
     else:
         model = load_base(config)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 has the new name and warns of the old one; earlier releases have only the old.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     model.config.use_cache = False
     torch.manual_seed(config.seed)  # adapters start the same on every rank
     with quiet_transformers():
         return add_adapter(model, config.adapter)
+
+
+def check_model(config: Config) -> Any:
+    """transformers' config of the model; reads no weights. Raises ModelError when it cannot be trained so."""
+    hf_config = load_hf_config(config.model)
+    if config.batch.sequence_length > (limit := getattr(hf_config, "max_position_embeddings", None) or 2**62):
+        raise ModelError(
+            f"sequence_length={config.batch.sequence_length} is beyond the {limit} positions of "
+            f"{config.model.name_or_path}.",
+            at="batch.sequence_length",
+            do=f"set batch.sequence_length to {limit} or less.",
+        )
+    return hf_config
 
 
 def load_base(config: Config) -> PreTrainedModel:
@@ -58,7 +69,10 @@ def load_base(config: Config) -> PreTrainedModel:
         if not settings.random_weights:
             return _load_whole(settings, hf_config, dtype)
         torch.manual_seed(config.seed)
-        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
+        try:
+            return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
+        except (ValueError, ImportError) as error:
+            raise not_loadable(settings.name_or_path, error) from None
 
 
 def open_model(folder: Path, config: Config) -> Any:
@@ -80,9 +94,10 @@ def load_hf_config(settings: ModelConfig) -> Any:
     """transformers' config of the model. Raises ModelError."""
     name = resolve_path(settings.name_or_path)
     try:
-        return AutoConfig.from_pretrained(
-            name, revision=settings.revision, trust_remote_code=bool(settings.trust_remote_code)
-        )
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(
+                name, revision=settings.revision, trust_remote_code=bool(settings.trust_remote_code)
+            )
     except (OSError, ValueError) as error:
         raise not_loadable(settings.name_or_path, error) from None
 
@@ -90,20 +105,26 @@ def load_hf_config(settings: ModelConfig) -> Any:
 def not_loadable(name: str, error: Exception) -> ModelError:
     """transformers' many-line error in one, with the remedy that fits."""
     text = str(error)
+    if isinstance(error, ImportError):
+        return ModelError(
+            f"{name} needs a library that is not there: {' '.join(text.split())[:200]}",
+            at="model.attention" if "ttention" in text else "model.name_or_path",
+            do="install it, or choose another model or model.attention=auto.",
+        )
     if "trust_remote_code" in text:
         return ModelError(
             f"{name} brings its own code, which Tunesmith does not run unasked.",
             at="model.name_or_path",
             do="read that code, then set model.trust_remote_code=true.",
         )
-    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
-    where = (
-        "the folder needs a config.json and weights in safetensors"
-        if looks_local
-        else "check the spelling, the network and HF_TOKEN"
-    )
-    reason = " ".join(text.split())[:200]
-    return ModelError(f"no model can be loaded from {name!r}: {reason}", at="model.name_or_path", do=f"{where}.")
+    reason, do = " ".join(text.split()), "check the spelling, the network and HF_TOKEN."
+    if name.startswith((".", "/", "~")) or Path(name).exists():
+        do = "give a folder with a config.json and weights in safetensors."
+        reason = reason if Path(name).is_dir() else "there is no such folder."
+    if isinstance(error, UnpicklingError):
+        reason = "its weights are a pickle with more than tensors in it, which could run code."
+    reason = reason if len(reason) <= 200 else f"{reason[:197]}..."
+    return ModelError(f"no model can be loaded from {name!r}: {reason}", at="model.name_or_path", do=do)
 
 
 def _options(settings: ModelConfig) -> dict[str, Any]:
@@ -126,7 +147,7 @@ def _load_whole(settings: ModelConfig, hf_config: Any, dtype: torch.dtype) -> Pr
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, UnpicklingError) as error:
         raise not_loadable(settings.name_or_path, error) from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -151,8 +172,8 @@ def _load_sharded(config: Config, world: World, hf_config: Any) -> PreTrainedMod
     dtype = DTYPES[config.engine.precision]
     with quiet_transformers(), sharded_init(config, world, dtype), no_init_weights():
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
-    load_weights(model, files, settings.name_or_path)
     model.tie_weights()
+    load_weights(model, files, settings.name_or_path)
     return model
 
 
@@ -171,6 +192,8 @@ def quiet_transformers() -> Iterator[None]:
         with warnings.catch_warnings():
             # 2026-11: PEFT 0.21.2 asks transformers 5.23 by a name it has deprecated; nothing a user can mend.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            # An adapter on a tied head: merge.py unties the two, and compares logits afterwards.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
             yield
     finally:
         transformers.logging.set_verbosity(level)

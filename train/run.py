@@ -7,13 +7,14 @@ from typing import Any
 import torch
 import yaml
 
-from tunesmith.train import distributed, run_folder
+from tunesmith.train import checkpoint, distributed, engine_config, run_folder
 from tunesmith.train.compose import Composed
 from tunesmith.train.config import Config
 from tunesmith.train.console import Console
 from tunesmith.train.data.prepare import PreparedData, prepare
 from tunesmith.train.data.preview import preview
 from tunesmith.train.distributed import World
+from tunesmith.train.model import check_model
 from tunesmith.train.redact import redact
 from tunesmith.train.reporter import Reporter
 from tunesmith.train.tokenizer import load_tokenizer
@@ -23,12 +24,18 @@ def run(composed: Composed) -> Path:
     """Trains and returns the run folder. Every rank calls it; raises TunesmithError for what the user can mend."""
     config = composed.config
     world = distributed.world_from_environment()
-    config.batch.gradient_accumulation_steps(world.world_size)
+    engine_config.check(config, world.world_size)
     device = distributed.choose_device(config.cluster.device, world)
     run_dir = run_folder.choose(config)
     run_folder.check_usable(run_dir, config.resume)
+    if run_folder.is_finished(run_dir) and config.resume == "auto":
+        if world.rank == 0:
+            Console().print(f"{run_dir} is already finished; another output_dir starts another run.")
+        return run_dir
+    checkpoint.find(config.resume, run_dir)
     reporter = Reporter(Console() if world.rank == 0 else None)
     try:
+        check_model(config)
         tokenizer = load_tokenizer(config.model, config.data)
         data = prepare(config, tokenizer, show_progress=world.local_rank == 0)
         if config.data.preview:

@@ -19,14 +19,20 @@ SPARE_BYTES = 256 * 2**20  # for metrics, the report and W&B's files
 def choose(config: Config) -> Path:
     """The run folder: output_dir, or runs/<name>-<date>-<time>. Only rank 0 may ask: a clock differs between ranks."""
     if config.output_dir:
-        return Path(config.output_dir).expanduser().absolute()
+        return Path(os.path.expanduser(config.output_dir)).absolute()  # leaves a ~name of nobody as it is
     return Path("runs", f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
 
 
 def check_usable(folder: Path, resume: str) -> None:
     """Raises ConfigError when the folder holds something else, or a run that must not be written over."""
-    is_run = (folder / CONFIG).is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not is_run:
+    try:
+        is_run = (folder / CONFIG).is_file()
+        is_used = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:  # too long a name, or no permission to look
+        raise ConfigError(
+            f"the run folder cannot be used: {error.strerror}.", at="output_dir", do="choose another output_dir."
+        ) from None
+    if is_used and not is_run:
         raise ConfigError(f"{folder} is not empty and holds no run.", at="output_dir", do="choose another output_dir.")
     if is_run and resume != "auto":
         raise ConfigError(
@@ -41,6 +47,15 @@ def create(folder: Path, config_yaml: str) -> None:
     """Makes the folder with the resolved config in it; rank 0 only."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+
+
+def is_finished(folder: Path) -> bool:
+    """True when the folder holds a run that has come to its end, with its model."""
+    try:
+        status = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return status == "finished" and (folder / MODEL).is_dir()
 
 
 def check_writable(folder: Path, needed_bytes: int = SPARE_BYTES) -> None:

@@ -20,6 +20,7 @@ from tunesmith.train.data.prepare import PreparedData
 from tunesmith.train.distributed import World, broadcast_text
 from tunesmith.train.engine import Engine
 from tunesmith.train.engine_sharding import full_shape
+from tunesmith.train.isolation import check_packing
 from tunesmith.train.metrics import Throughput, flops_per_token, peak_flops
 from tunesmith.train.model import load_model
 from tunesmith.train.reporter import Reporter
@@ -67,19 +68,21 @@ def set_up(
     reporter: Reporter,
 ) -> Run:
     """Every rank calls it, after the ranks have met. Raises TunesmithError, with no run folder left behind."""
+    ours = fingerprint(config, world, data)
+    found = broadcast_text(str(checkpoint.find(config.resume, run_dir) or "") if world.rank == 0 else None, device)
+    if found:
+        checkpoint.check(Path(found), ours)  # before minutes go into loading a model that cannot take it up
     reporter.phase(f"loading {config.model.name_or_path}")
     model = load_model(config, world)
     size = model_size(model)
     _check_disk(config, size, run_dir, world, device)
     throughput = _throughput(model, size, config, data, world, device)
     engine = Engine(model, config, world, device)
+    check_packing(engine, config, evaluates=data.validation is not None)
     order = make_order(config, data)
     total_steps = config.schedule.max_steps or order.steps_for(config.schedule.epochs or 0)
-    checkpoints = Checkpoints(
-        run_dir, keep_last=config.checkpoint.keep_last, fingerprint=fingerprint(config, world, data), world=world
-    )
+    checkpoints = Checkpoints(run_dir, keep_last=config.checkpoint.keep_last, fingerprint=ours, world=world)
     seed_everything(config.seed * 65_537 + world.rank)
-    found = broadcast_text(str(checkpoint.find(config.resume, run_dir) or "") if world.rank == 0 else None, device)
     state = checkpoints.load(engine, Path(found)) if found else RunState()
     return Run(
         config=config,

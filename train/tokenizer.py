@@ -72,9 +72,18 @@ def _load(model: ModelConfig) -> PreTrainedTokenizerBase:
             name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # whatever a folder's files or the hub's client can raise
+        if not model.trust_remote_code and _needs_its_code(name, error):
+            raise ModelError(
+                f"{model.name_or_path} brings its own code, which Tunesmith does not run unasked.",
+                at="model.name_or_path",
+                do="read that code, then set model.trust_remote_code=true.",
+            ) from error
         is_path = Path(name).is_absolute() or name.startswith((".", "~")) or model.name_or_path != name
-        missing = is_path and not Path(name).is_dir()
-        what = "there is no such folder" if missing else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if is_path and not Path(name).is_dir():
+            what = "there is no such folder"
+        elif Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
+            what = "the folder holds none"
         raise ModelError(
             f"the tokenizer of {model.name_or_path} can't be loaded: {what}",
             at="model.name_or_path",
@@ -88,6 +97,13 @@ def _load(model: ModelConfig) -> PreTrainedTokenizerBase:
             do="save it with a tokenizer.json; transformers converts most slow tokenizers when sentencepiece is there.",
         )
     return tokenizer
+
+
+def _needs_its_code(name: str, error: Exception) -> bool:
+    """Whether loading failed for want of code in the model's folder: transformers says so, or the folder names some."""
+    files = [Path(name, file) for file in ("config.json", "tokenizer_config.json")]
+    named = any(file.is_file() and '"auto_map"' in file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return named or "trust_remote_code" in str(error)
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> str | None:

@@ -208,13 +208,16 @@ class WandbThread:
     def finish(self, summary: dict[str, Any], exit_code: int) -> None:
         def close(run: Any) -> None:
             run.summary.update(summary)
-            run.finish(exit_code=exit_code)
+            try:
+                run.finish(exit_code=exit_code)
+            except TimeoutError:
+                self._warn(f"W&B did not take all rows within {FINISH_TIMEOUT:.0f} s; {sync_hint(run)}.")
 
         self._put(close)
         self._put(None)
         self._thread.join(INIT_TIMEOUT + FINISH_TIMEOUT + 5.0)
         if self._thread.is_alive():
-            self._warn(f"W&B is still busy and was left behind; {self._sync_hint()}.")
+            self._warn(f"W&B is still busy and was left behind; {METRICS_FILE} has every row.")
 
     def _put(self, call: Callable[[Any], None] | None) -> None:
         if not self._thread.is_alive():
@@ -242,13 +245,20 @@ class WandbThread:
         """The run, offline when the server does not take it in time."""
         import wandb
 
+        reason = None
         if mode is WandbMode.online:
             try:
-                return self._init(mode)
+                run = self._init(mode)
+                self.place = run.url
+                return run
             except Exception as error:
+                reason = one_line(error)
                 wandb.teardown(exit_code=1)  # or the id counts as in use
-                self._warn(f"W&B cannot be reached ({one_line(error)}): logging offline; {self._sync_hint()}.")
-        return self._init(WandbMode.offline)
+        run = self._init(WandbMode.offline)
+        self.place = sync_hint(run)
+        if reason:
+            self._warn(f"W&B cannot be reached ({reason}): logging offline; {self.place}.")
+        return run
 
     def _init(self, mode: WandbMode) -> Any:
         import wandb
@@ -259,6 +269,7 @@ class WandbThread:
             root_dir=str(self._run_dir),  # it adds the folder wandb/
             init_timeout=INIT_TIMEOUT,
             finish_timeout=FINISH_TIMEOUT,
+            finish_timeout_raises=True,
             x_service_wait=INIT_TIMEOUT,
             silent=True,
             console="off",
@@ -273,11 +284,11 @@ class WandbThread:
         )
         run = wandb.init(settings=settings, **self._arguments)
         run.define_metric("eval/loss", summary="min")
-        self.place = run.url if mode is WandbMode.online else self._sync_hint()
         return run
 
-    def _sync_hint(self) -> str:
-        return f"upload it with `wandb sync {self._run_dir / 'wandb'}/offline-run-*`"
+
+def sync_hint(run: Any) -> str:
+    return f"upload it with `wandb sync {Path(run.dir).parent}`"
 
 
 def one_line(error: BaseException) -> str:

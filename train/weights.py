@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tunesmith.train.config import ModelConfig
@@ -79,8 +79,13 @@ def fill(parameter: nn.Parameter, file_path: Path, stored: str) -> None:
 
 
 def _keys(file_path: Path) -> list[str]:
-    with safe_open(file_path, framework="pt") as file:
-        return list(file.keys())
+    try:
+        with safe_open(file_path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file_path.name} can't be read: {error}", at=str(file_path), do="get the file anew."
+        ) from None
 
 
 def _stored_name(key: str, places: dict[str, Path], prefix: str) -> str | None:

@@ -76,6 +76,7 @@ class RankPool:
                 process = subprocess.Popen(
                     [sys.executable, str(WORKER)],
                     env=rank_environment(rank, self.world_size, port, self.scratch),
+                    cwd=self.scratch,
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -136,6 +137,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
         started.stop()
 
 
+@pytest.fixture(scope="session")
+def rank_environments(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, str]]]:
+    """rank_environments(n) is what each of n ranks of one new run needs in its environment."""
+    scratch = tmp_path_factory.mktemp("launched")
+
+    def environments(world_size: int) -> list[dict[str, str]]:
+        port = free_port()
+        return [rank_environment(rank, world_size, port, scratch) for rank in range(world_size)]
+
+    return environments
+
+
 def tiny_config(model_type: str = "llama", **changes: Any) -> Any:
     """A model of two layers for the tokenizer that ships with Tunesmith."""
     from transformers import AutoConfig
@@ -171,6 +184,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             made[key] = tmp_path_factory.mktemp(model_type)
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:  # norms and biases start at 1 and 0: nothing multiplied with 0 would show
+                    parameter.data += torch.randn_like(parameter) / 10
             model.save_pretrained(made[key])
             for name in TOKENIZER_FILES:
                 shutil.copy(TINY / name, made[key])
@@ -185,7 +201,7 @@ def make_records(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
     def make(num_records: int, *, seed: int = 0, max_words: int = 8) -> Path:
         lots = random.Random(seed)
-        words = "pot leaf seed water soil light app ring root sun moss fern lamp dry wet cold warm bloom".split()
+        words = ["pot", "leaf", "seed", "water", "soil", "light", "app", "ring", "root", "sun", "moss", "fern", "lamp", "dry", "wet", "cold", "warm", "bloom"]
 
         def sentence() -> str:
             return " ".join(lots.choices(words, k=lots.randint(1, max_words)))

@@ -1,3 +1,4 @@
+import http.server
 import json
 import math
 import os
@@ -59,11 +60,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def wandb_records(run_dir: Path) -> list[Any]:
-    """What the offline runs hold: after a header of 7 bytes LevelDB's log format, a protobuf in each record."""
+    """What W&B's files hold: after a header of 7 bytes LevelDB's log format, a protobuf in each record."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     records = []
-    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+    for file in sorted(run_dir.glob("wandb/*run-*/*.wandb")):
         content, position, partial = file.read_bytes(), 7, b""
         assert content[:4] == b":W&B"
         while position + 7 <= len(content):
@@ -323,6 +324,8 @@ def stalling_server() -> Iterator[str]:
 def test_a_server_that_stalls_delays_nothing(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, stalling_server: str
 ) -> None:
+    assert track.INIT_TIMEOUT <= 10
+    monkeypatch.setattr(track, "INIT_TIMEOUT", 3.0)
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_BASE_URL", stalling_server)
     warnings: list[str] = []
@@ -334,12 +337,72 @@ def test_a_server_that_stalls_delays_nothing(
         tracker.log(step, {"train/loss": 1.0})
     assert time.monotonic() - started < 1
     tracker.finish({"status": "finished"})
-    assert time.monotonic() - started < 13
+    assert time.monotonic() - started < 3 + 4
     assert len(warnings) == 1
     assert "cannot be reached" in warnings[0]
     assert "wandb sync" in warnings[0]
     assert len([row for row in logged_to_wandb(run_dir) if "train/loss" in row]) == 100  # none lost while it waited
     assert len(rows_of(run_dir / "metrics.jsonl")) == 100
+
+
+class Backend(http.server.BaseHTTPRequestHandler):
+    """As much of the W&B server as a run needs to start; it stops answering when `stalls` is set."""
+
+    stalls = threading.Event()
+    ended = threading.Event()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.stalls.is_set():
+            self.ended.wait(60)
+            return
+        bucket = {"id": "x", "name": "x", "displayName": "x", "project": {"name": "p", "entity": {"name": "e"}}}
+        data = {"upsertBucket": {"bucket": bucket, "inserted": True}} if b"upsertBucket" in body else {"model": None}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Backend]]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Backend) as server:
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        Backend.stalls.clear()
+        Backend.ended.clear()
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield Backend
+        Backend.ended.set()
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_that_stalls_in_mid_run_delays_only_the_end_and_not_for_long(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, backend: type[Backend]
+) -> None:
+    monkeypatch.setattr(track, "FINISH_TIMEOUT", 1.0)
+    warnings: list[str] = []
+    tracker = open_tracker(run_dir, WandbMode.auto, warn=warnings.append)
+    deadline = time.monotonic() + 8
+    while tracker.wandb_place is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert str(tracker.wandb_place).startswith("http://127.0.0.1"), warnings  # it is online
+    backend.stalls.set()
+    started = time.monotonic()
+    for step in range(1, 1001):
+        tracker.log(step, {"train/loss": 1.0})
+    assert time.monotonic() - started < 2
+    tracker.finish({})
+    assert time.monotonic() - started < 8
+    assert len(warnings) == 1
+    assert "did not take all rows" in warnings[0]
+    assert "wandb sync" in warnings[0]
+    assert len([row for row in logged_to_wandb(run_dir) if "train/loss" in row]) == 1000  # there to be synced
 
 
 @pytest.mark.usefixtures("online")
@@ -372,7 +435,7 @@ def test_a_key_of_the_wrong_form_is_one_warning_without_the_key(run_dir: Path, m
 class Broken:
     """A W&B run whose log fails."""
 
-    url = "https://wandb.example/run"
+    dir = "/runs/x/wandb/offline-run-1/files"
 
     def __init__(self) -> None:
         self.calls = 0

@@ -8,7 +8,6 @@ import contextlib
 import gc
 import importlib.util
 import json
-import math
 import os
 import sys
 import traceback
@@ -20,7 +19,6 @@ import torch
 
 from tunesmith.train import distributed
 from tunesmith.train.compose import compose_config
-from tunesmith.train.console import Console
 from tunesmith.train.data.prepare import prepare
 from tunesmith.train.distributed import World
 from tunesmith.train.loop import Loop, Step
@@ -60,15 +58,21 @@ class Rank:
     def __init__(self, world: World) -> None:
         self.world = world
         self.device = torch.device("cpu")
+        self._num_runs = 0
 
     @contextlib.contextmanager
-    def ready(self, overrides: list[str], run_dir: str = "/nonexistent") -> Iterator[tuple[Run, Recorder]]:
-        """A run set up as launch/train.py does it, reporting to a Recorder; its engine is taken down afterwards."""
+    def ready(self, overrides: list[str], run_dir: str | None = None) -> Iterator[tuple[Run, Recorder]]:
+        """A run set up as launch/train.py does it, reporting to a Recorder; its engine is taken down afterwards.
+
+        Its folder, unless given, is a new one in the pool's scratch folder (the working directory), on all ranks alike.
+        """
+        self._num_runs += 1
+        folder = Path(run_dir or f"run-{self._num_runs}").absolute()
         config = compose_config(overrides).config
         tokenizer = load_tokenizer(config.model, config.data)
         data = prepare(config, tokenizer, show_progress=False)
         recorder = Recorder()
-        run = set_up(config, self.world, self.device, Path(run_dir), tokenizer, data, recorder)
+        run = set_up(config, self.world, self.device, folder, tokenizer, data, recorder)
         try:
             yield run, recorder
         finally:
@@ -76,7 +80,7 @@ class Rank:
             del run
             gc.collect()
 
-    def train(self, overrides: list[str], run_dir: str = "/nonexistent") -> Recorder:
+    def train(self, overrides: list[str], run_dir: str | None = None) -> Recorder:
         """A whole run of the loop, without what follows it."""
         with self.ready(overrides, run_dir) as (run, recorder):
             Loop(run).train()

@@ -55,14 +55,14 @@ class Encoder:
             [_prompt_end(text, one, boundary, self.added_ids) for boundary in found]
             for text, one, found in zip(texts, tokens, boundaries, strict=True)
         ]
-        unknown = list({end[0] for found in ends for end in found if end and end[0] not in self.known})
+        unknown = list({end for found in ends for end, _ in found if end not in self.known})
         alone = dict(zip(unknown, (one.ids for one in self.encode(unknown)), strict=True))
-        self.known.update((text, ids) for text, ids in alone.items() if len(text) <= MAX_KEPT_CHARACTERS)
+        self.known.update((end, ids) for end, ids in alone.items() if len(end) <= MAX_KEPT_CHARACTERS)
         for index, (found, places) in enumerate(zip(ends, boundaries, strict=True)):
             cuts = [
                 place
-                for place, end in zip(places, found, strict=True)
-                if end is None or (alone.get(end[0]) or self.known.get(end[0], [])) != end[1]
+                for place, (end, ids) in zip(places, found, strict=True)
+                if ids != (alone[end] if end in alone else self.known[end])
             ]
             if cuts:
                 tokens[index] = self._apart(texts[index], tokens[index], cuts)
@@ -95,15 +95,13 @@ class Encoder:
         return batch.encodings
 
 
-def _prompt_end(text: str, tokens: Tokens, boundary: int, added_ids: frozenset[int]) -> tuple[str, list[int]] | None:
-    """A prompt's last added token with what follows, and its ids in the whole; None when a token crosses its end.
+def _prompt_end(text: str, tokens: Tokens, boundary: int, added_ids: frozenset[int]) -> tuple[str, list[int]]:
+    """A prompt's last added token with what follows up to the boundary, and the ids that the whole text has there.
 
-    Text is never merged across an added token, so if the end has the same ids alone, so has the whole prompt.
+    Text is never merged across an added token, so if the end has the same ids alone, so has the whole prompt. It has
+    others where a token crosses the boundary, which is not among the ids here.
     """
     last = bisect_right(tokens.ends, boundary)
-    # Characters of no token, such as spaces that offsets leave out, count to the token after them.
-    if last < len(tokens.ends) and (tokens.ends[last - 1] if last else 0) < boundary:
-        return None
     first = last - 1
     while first >= 0 and tokens.ids[first] not in added_ids:
         first -= 1

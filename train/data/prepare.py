@@ -138,11 +138,12 @@ def _build(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, sho
 @contextmanager
 def _progress(show: bool, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that counts records done."""
-    if not show:
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):  # in a log file rich leaves an empty line
         yield lambda count: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Tokenising records", total=total)
         yield lambda count: progress.advance(task, count)
 
@@ -250,6 +251,13 @@ class _SplitBuilder:
 
     def _too_long_error(self) -> DataError:
         longest = max(length for _, length in self.too_long)
+        do = f"set batch.sequence_length={longest}, or data.truncate=drop or left_of_prompt."
+        if len(self.too_long) == 1:
+            return DataError(
+                f"{self.too_long[0][0]}: {longest} tokens are more than sequence_length={self.sequence_length}.",
+                at="batch.sequence_length",
+                do=do,
+            )
         shown = [f"{place}: {length} tokens" for place, length in self.too_long[:MAX_SHOWN]]
         rest = f"\n  and {len(self.too_long) - MAX_SHOWN} more" if len(self.too_long) > MAX_SHOWN else ""
         return DataError(
@@ -257,5 +265,5 @@ class _SplitBuilder:
             + "\n  ".join(shown)
             + rest,
             at="batch.sequence_length",
-            do=f"set batch.sequence_length={longest}, or data.truncate=drop or left_of_prompt.",
+            do=do,
         )

@@ -197,7 +197,8 @@ def opened_thought(prompt: str) -> re.Match[str] | None:
 
 def visible_answer(text: str) -> str:
     """An answer without the thought before it: what follows the last closing tag, without the blank lines around."""
-    return re.split(r"</(?:think|thinking|thought|reasoning)>", text)[-1].strip() if "</" in text else text
+    *thought, answer = re.split(r"</(?:think|thinking|thought|reasoning)>", text)
+    return answer.strip() if thought else text
 
 
 def any_of(texts: Iterable[str]) -> str:

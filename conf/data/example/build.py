@@ -3,8 +3,8 @@
 python conf/data/example/build.py           writes the four JSONL files beside this script
 python conf/data/example/build.py --check   exits 1 when they are stale
 
-Every wording stands under topics/. A training wording becomes several rows, first as it is, then with an opening, a closing,
-sloppy casing or a typo; a held-out wording becomes one row, as it is.
+Every wording stands under topics/. A training wording becomes several rows: first as it is, then with an opening, a
+closing, sloppy casing or a typo. A held-out wording becomes one row, as it is.
 """
 
 import argparse

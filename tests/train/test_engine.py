@@ -1,0 +1,403 @@
+"""What the engine promises on real ranks: packing, steps that are not finite, master weights, weight decay, offload."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LEAKS = {"gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 16},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+}
+
+OverridesOf = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+    """Overrides of a small fp32 run of a stage, of a llama unless told otherwise."""
+    records = make_records(47)
+
+    def overrides(stage: int, *more: str, model: Path | None = None) -> list[str]:
+        return [
+            f"model.name_or_path={model or make_model()}",
+            f"data.train={records}",
+            f"data.cache_dir={data_cache}",
+            f"engine={f'zero{stage}' if stage else 'ddp'}",
+            "engine.precision=fp32",
+            "batch.global_batch_size=8",
+            "batch.micro_batch_size=2",
+            "batch.sequence_length=96",
+            "schedule=constant",
+            "schedule.epochs=null",
+            "schedule.max_steps=6",
+            "optimizer.learning_rate=1e-3",
+            "checkpoint.at_end=false",
+            "track=none",
+            *more,
+        ]
+
+    return overrides
+
+
+def packed_against_alone(rank: Any, overrides: list[str]) -> dict[str, float]:
+    """On a rank: how far the logits of packed sequences are from those of their records one by one."""
+    import torch
+
+    with rank.ready(overrides) as (run, _), torch.no_grad():
+        engine, store = run.engine, run.data.train
+        engine.eval()
+        together = engine.target_logits(store.micro_batch(range(4), pad_token_id=0))
+        alone = []
+        for record in range(int(store.sequences[4])):
+            ids, weights = (torch.from_numpy(part.copy()) for part in store.record(record))
+            logits = engine.module(input_ids=ids[None].long(), use_cache=False).logits[0]
+            alone.append(logits[:-1][weights[1:] != 0])
+        return {
+            "difference": float((together - torch.cat(alone)).abs().max()),
+            "largest_logit": float(together.abs().max()),
+            "num_records": len(alone),
+        }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_record_has_the_logits_it_has_alone(
+    ranks: Callable[[int], Any], make_model: Callable[..., Path], overrides_of: OverridesOf, family: str
+) -> None:
+    model = make_model(family, **FAMILIES[family])
+    (found,) = ranks(1).run(packed_against_alone, overrides=overrides_of(0, model=model))
+    assert found["num_records"] > 8
+    assert found["largest_logit"] > 1
+    assert found["difference"] < 1e-5
+
+
+def refusal(rank: Any, overrides: list[str]) -> str:
+    """On a rank: the error that setting the run up raises."""
+    from tunesmith.train.errors import TunesmithError
+
+    try:
+        with rank.ready(overrides):
+            return "none"
+    except TunesmithError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_whose_mask_leaves_position_ids_out_is_not_packed(
+    ranks: Callable[[int], Any], make_model: Callable[..., Path], overrides_of: OverridesOf, precision: str
+) -> None:
+    model = make_model("gpt_oss", **LEAKS["gpt_oss"])
+    overrides = overrides_of(0, f"engine.precision={precision}", model=model)
+    (text,) = ranks(1).run(refusal, overrides=overrides)
+    assert text.startswith(f"ModelError: {model} with eager attention lets packed records see each other")
+    assert "do: set batch.packing=none" in text
+    assert ranks(1).run(refusal, overrides=[*overrides, "batch.packing=none"]) == ["none"]
+
+
+def moved_by_a_stranger(rank: Any, overrides: list[str]) -> list[float]:
+    """On a rank: the largest change of the logits of a sequence's first and second record when the first one changes."""
+    import torch
+
+    with rank.ready(overrides) as (run, _), torch.no_grad():
+        engine, store = run.engine, run.data.train
+        engine.eval()
+        batch = store.micro_batch([0], pad_token_id=0)
+        first, second = (int(end) for end in store.record_starts[1:3] - store.record_starts[0])
+        before = engine.module(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
+        batch.input_ids[0, 1] += 1
+        after = engine.module(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
+        moved = (after - before).abs().amax(-1)
+        return [float(moved[:first].max()), float(moved[first:second].max())]
+
+
+def test_a_change_in_one_packed_record_does_not_move_another(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf
+) -> None:
+    ((own, other),) = ranks(1).run(moved_by_a_stranger, overrides=overrides_of(0))
+    assert own > 0.1
+    assert other == 0.0
+
+
+def evaluation(rank: Any, overrides: list[str], batch_size: int) -> dict[str, float]:
+    from tunesmith.train.evaluate import evaluate
+
+    with rank.ready(overrides) as (run, _):
+        return evaluate(run.engine, run.data.train, batch_size=batch_size, world=rank.world, pad_token_id=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_packed_and_unpacked_have_the_same_eval_loss(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, world_size: int, batch_size: int
+) -> None:
+    packed, unpacked = (
+        ranks(world_size).run(evaluation, overrides=overrides_of(0, f"batch.packing={packing}"), batch_size=batch_size)
+        for packing in ("best_fit", "none")
+    )
+    assert packed[0] == packed[-1]
+    assert packed[0]["eval/loss"] == pytest.approx(unpacked[0]["eval/loss"], abs=1e-5)
+    assert packed[0]["eval/token_accuracy"] == unpacked[0]["eval/token_accuracy"]
+
+
+# ---------------------------------------------------------------- steps that are not finite
+
+
+def poisoned_run(rank: Any, overrides: list[str], poison: str, step: int) -> dict[str, Any]:
+    """On every rank: a run in which the loss of the last rank's first micro batch of a step is not finite.
+
+    poison: "nan" or "inf" weights of a label; "loss": a logit of minus infinity, which makes the loss infinite while its
+    gradient stays finite; "absent": the step is passed over without a forward, which is what skipping must come to.
+    """
+    import dataclasses
+    import math
+
+    import torch
+
+    from tunesmith.train.loop import Loop
+
+    with rank.ready(overrides) as (run, recorder):
+        loop = Loop(run)
+        clean = loop.micro_batches
+        doomed: list[torch.Tensor] = []
+
+        def infinite(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+            if not doomed:
+                return logits
+            holes = torch.zeros_like(logits)
+            holes[0].scatter_(1, doomed.pop()[:, None], -math.inf)
+            return logits + holes
+
+        run.engine.module.get_output_embeddings().register_forward_hook(infinite)
+
+        def micro_batches(at: int) -> Any:
+            batches = clean(at)
+            if at != step or rank.world.rank != rank.world.world_size - 1:
+                return batches
+            first = batches[0]
+            if poison == "loss":
+                doomed.append(first.labels.flatten()[first.target_rows])
+                return batches
+            weights = first.weights.clone()
+            weights.view(-1)[first.target_rows[0]] = float(poison)
+            return [dataclasses.replace(first, weights=weights), *batches[1:]]
+
+        loop.micro_batches = micro_batches  # type: ignore[method-assign]
+        run.engine.train()
+        digests = []
+        while run.state.step < run.total_steps:
+            if poison == "absent" and run.state.step == step:
+                run.state.step += 1
+            else:
+                loop._one_step()
+            digests.append(weights_digest(run.engine))
+        return {
+            "losses": recorder.losses,
+            "applied": [it.applied for it in recorder.steps],
+            "digests": digests,
+            "warnings": recorder.warnings,
+            "skipped": run.state.skipped_steps,
+            "in_row": run.state.skipped_in_row,
+        }
+
+
+def weights_digest(engine: Any) -> str:
+    import hashlib
+
+    names = {name for name, _ in engine.module.named_parameters()}
+    whole = [parameter.detach().float().numpy().tobytes() for _, parameter in engine.whole_parameters(names)]
+    return hashlib.sha256(b"".join(whole)).hexdigest()
+
+
+@pytest.mark.parametrize("poison", ["nan", "inf", "loss"])
+@pytest.mark.parametrize(("stage", "precision"), [(s, p) for s in range(4) for p in ("fp32", "bf16")])
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_counted_and_told(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int, precision: str, poison: str
+) -> None:
+    overrides = overrides_of(stage, f"engine.precision={precision}")
+    found, *others = ranks(2).run(poisoned_run, overrides=overrides, poison=poison, step=2)
+    (without, *_) = ranks(2).run(poisoned_run, overrides=overrides, poison="absent", step=2)
+    assert found["applied"] == [True, True, False, True, True, True]
+    assert [other["applied"] for other in others] == [found["applied"]]
+    assert not -1e9 < found["losses"][2] < 1e9
+    assert found["digests"][2] == found["digests"][1]
+    assert found["digests"][3] != found["digests"][2]
+    assert found["losses"][3:] == without["losses"][2:]  # moments and step count of Adam did not move either
+    assert found["digests"] == without["digests"]
+    assert (found["skipped"], found["in_row"]) == (1, 0)
+    (warning,) = found["warnings"]
+    assert warning.startswith("step 3: loss ")
+    assert "not finite, so the weights were left as they are (1 in a row)" in warning
+
+
+def hopeless_run(rank: Any, overrides: list[str]) -> dict[str, Any]:
+    """On every rank: a run whose gradients stop being finite after two steps."""
+    import torch
+
+    from tunesmith.train.errors import TrainingError
+    from tunesmith.train.loop import Loop
+
+    with rank.ready(overrides) as (run, recorder):
+        scale = {"logits": 1.0}
+        run.engine.module.get_output_embeddings().register_forward_hook(lambda m, a, out: out * scale["logits"])
+        loop = Loop(run)
+        loop._one_step()
+        loop._one_step()
+        scale["logits"] = torch.nan
+        try:
+            loop.train()
+        except TrainingError as error:
+            return {"error": str(error), "step": run.state.step, "warnings": len(recorder.warnings)}
+    return {"error": "none"}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int
+) -> None:
+    for found in ranks(2).run(hopeless_run, overrides=overrides_of(stage, "optimizer.max_skipped_steps=3")):
+        assert found["error"].startswith("TrainingError: 3 steps in a row had a loss or gradient that is not finite.")
+        assert "at: step 5" in found["error"]
+        assert "optimizer.max_skipped_steps sets the limit" in found["error"]
+        assert (found["step"], found["warnings"]) == (5, 3)
+
+
+# ---------------------------------------------------------------- master weights, weight decay, offload, fp16
+
+
+def trained(rank: Any, overrides: list[str], watch: str) -> dict[str, Any]:
+    """On every rank: a run, then the named weights, and what its optimizer holds."""
+    import torch
+
+    from tunesmith.train.loop import Loop
+
+    with rank.ready(overrides) as (run, recorder):
+        Loop(run).train()
+        names = {name for name, _ in run.engine.module.named_parameters() if watch in name}
+        weights = {name: p.detach().float().flatten().tolist() for name, p in run.engine.whole_parameters(names)}
+        optimizer = run.engine._engine.basic_optimizer
+        moments = [
+            value
+            for state in optimizer.state.values()
+            for name, value in state.items()
+            if torch.is_tensor(value) and name.startswith("exp_avg")
+        ]
+        masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if run.config.engine.stage == 3:  # lent to the optimizer group by group
+            masters = run.engine._engine.optimizer.fp32_partitioned_groups_flat
+        return {
+            "losses": recorder.losses,
+            "norms": [step.grad_norm for step in recorder.steps],
+            "applied": [step.applied for step in recorder.steps],
+            "weights": weights,
+            "moments": sorted({str(tensor.dtype) for tensor in moments}),
+            "num_moments": len(moments),
+            "masters": sorted({str(tensor.dtype) for tensor in masters}),
+            "module": sorted({str(parameter.dtype) for parameter in run.engine.module.parameters()}),
+        }
+
+
+@pytest.mark.parametrize("micro", [2, 4])  # accumulation 2 and 1: DeepSpeed takes another optimizer for each
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_keeps_updates_that_are_too_small_for_bf16(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int, micro: int
+) -> None:
+    """A norm weight near 1 moves by 1e-4 a step; bf16 counts in steps of 4e-3 there, so alone it would never move."""
+    few = ["optimizer.learning_rate=1e-4", "schedule.max_steps=60", f"batch.micro_batch_size={micro}"]
+    found = ranks(2).run(trained, overrides=overrides_of(stage, *few, "engine.precision=bf16"), watch="model.norm")[0]
+    exact = ranks(2).run(trained, overrides=overrides_of(0, *few), watch="model.norm")[0]
+    start = ranks(2).run(trained, overrides=overrides_of(0, "optimizer.learning_rate=1e-30"), watch="model.norm")[0]
+    ((name, weights),) = found["weights"].items()
+    moved = [abs(a - b) for a, b in zip(exact["weights"][name], start["weights"][name], strict=True)]
+    assert max(moved) > 5e-3  # in fp32, of 60 x 1e-4 at most
+    apart = [abs(a - b) for a, b in zip(weights, exact["weights"][name], strict=True)]
+    assert sum(apart) / len(apart) < sum(moved) / len(moved) / 2
+    assert found["moments"] == found["masters"] == ["torch.float32"]
+    assert found["num_moments"] > 0
+    assert found["module"] == ["torch.bfloat16"]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_only_matrices_decay(
+    ranks: Callable[[int], Any], make_model: Callable[..., Path], overrides_of: OverridesOf, stage: int, family: str
+) -> None:
+    """One step whose gradient moves a weight by 1e-6 and whose decay takes a tenth of it."""
+    model = make_model(family, **FAMILIES[family], tie_word_embeddings=family == "gpt2")
+    decay = ["optimizer.learning_rate=1e-6", "optimizer.weight_decay=1e5", "schedule.max_steps=1"]
+    after = ranks(2).run(trained, overrides=overrides_of(stage, *decay, model=model), watch="")[0]["weights"]
+    before = whole_weights(model)
+    assert after.keys() == before.keys()
+    kept = set()
+    for name, weights in before.items():
+        found = [abs(a - b) for a, b in zip(after[name], weights, strict=True)]
+        decayed = [abs(a - 0.9 * b) for a, b in zip(after[name], weights, strict=True)]
+        assert min(max(found), max(decayed)) < 3e-6, name
+        if max(found) < 3e-6:
+            kept.add(name)
+    embeddings = {"qwen2": {"model.embed_tokens.weight"}, "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"}}
+    flat = {name for name in before if "norm" in name or ".ln_" in name or name.endswith("bias")}
+    assert kept == flat | embeddings[family]
+    assert len(flat) > 8
+    assert ("lm_head.weight" in before) == (family == "qwen2")  # an untied head is a matrix, a tied one an embedding
+
+
+def whole_weights(folder: Path) -> dict[str, list[float]]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return {name: parameter.detach().float().flatten().tolist() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.slow  # DeepSpeed's CPU Adam is compiled first: a minute and a half
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["zero2_offload", "zero3_offload"])
+def test_offload_does_not_change_the_loss_curve(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, engine: str
+) -> None:
+    offload = [f"engine={engine}", "engine.precision=fp32", "optimizer.max_grad_norm=0.5", "schedule.max_steps=12"]
+    found = ranks(2).run(trained, overrides=overrides_of(0, *offload), watch="model.norm")[0]
+    plain = ranks(2).run(
+        trained, overrides=overrides_of(0, "optimizer.max_grad_norm=0.5", "schedule.max_steps=12"), watch="model.norm"
+    )[0]
+    assert found["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+    assert found["norms"] == pytest.approx(plain["norms"], rel=1e-4)
+    assert found["moments"] == ["torch.float32"]
+
+
+def fp16_is_supported() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+@pytest.mark.skipif(not fp16_is_supported(), reason="DeepSpeed refuses fp16 on a CPU without AMX-FP16 or AVX512-FP16")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_scales_its_loss_and_learns_as_fp32_does(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int
+) -> None:
+    few = ["schedule.max_steps=24", "optimizer.learning_rate=3e-3"]
+    found = ranks(2).run(trained, overrides=overrides_of(stage, *few, "engine.precision=fp16"), watch="model.norm")[0]
+    exact = ranks(2).run(trained, overrides=overrides_of(0, *few), watch="model.norm")[0]
+    assert found["applied"] == [True] * 24
+    assert found["losses"] == pytest.approx(exact["losses"], abs=5e-3)
+    assert found["norms"] == pytest.approx(exact["norms"], rel=2e-2)
+    assert found["masters"] == ["torch.float32"]
+    assert found["module"] == ["torch.float16"]
+
+
+@pytest.mark.skipif(not fp16_is_supported(), reason="DeepSpeed refuses fp16 on a CPU without AMX-FP16 or AVX512-FP16")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_skips_steps_until_its_loss_scale_fits(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int
+) -> None:
+    high = ["engine.precision=fp16", "engine.deepspeed.fp16.initial_scale_power=24", "schedule.max_steps=16"]
+    found = ranks(2).run(trained, overrides=overrides_of(stage, *high, "optimizer.max_skipped_steps=12"), watch="model.norm")
+    assert found[0]["applied"][:2] == [False, False]
+    assert found[0]["applied"][-3:] == [True, True, True]
+    assert found[0]["applied"] == found[1]["applied"]
