@@ -22,10 +22,10 @@ demo: $(INSTALLED)  ## fine-tune the support bot on two ranks, then ask it every
 	$(BIN)/python launch/demo.py
 
 test: $(INSTALLED)  ## the tests
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(INSTALLED)  ## the wide matrices, which take longer
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 test-gpu: $(INSTALLED)  ## what only a GPU can show
 	$(BIN)/pytest -m gpu

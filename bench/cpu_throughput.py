@@ -51,6 +51,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MEMORY_STEPS = 3
 SAME_LOSS = 0.05  # share by which the contestants' mean losses of the second half may differ: they draw other records
+CONTROL_MARGIN = 0.05
 RESULTS = Path(__file__).parent / "results" / "cpu_throughput.json"
 CONTESTANTS = ("tunesmith", "sft_packed", "control", "trainer")
 PACKAGES = ("torch", "deepspeed", "transformers", "trl", "accelerate", "datasets", "numpy")
@@ -184,6 +185,8 @@ def main() -> None:
     options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name in ("control", "vs_trainer", "vs_sft_packed"):
         print("{}: median {median:.2f}, {min:.2f} to {max:.2f}".format(name, **found[name]))
+    if abs(found["control"]["median"] - 1) > CONTROL_MARGIN:
+        print("The control is not 1.00: other processes disturbed the run, so trust none of it and run it again.")
     print(
         f"bench: vs_trainer={found['vs_trainer']['median']:.2f} vs_sft_packed={found['vs_sft_packed']['median']:.2f} "
         f"peak_memory_ratio={found['peak_memory_ratio']:.2f}"

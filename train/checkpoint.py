@@ -14,7 +14,7 @@ import os
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,26 +26,12 @@ from tunesmith.train import distributed
 from tunesmith.train.distributed import World
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.run_folder import write_json
+from tunesmith.train.state import RunState
 
 if TYPE_CHECKING:
     from tunesmith.train.engine import Engine
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})$")
-
-
-@dataclass
-class RunState:
-    """Counters of the loop, all that it needs besides the engine to go on. Data position is the step itself."""
-
-    step: int = 0  # optimizer steps done
-    tokens_seen: int = 0
-    target_tokens_seen: int = 0
-    skipped_steps: int = 0
-    skipped_in_row: int = 0
-    best_step: int | None = None
-    best_eval_loss: float | None = None
-    evaluations_without_better: int = 0
-    train_seconds: float = 0.0
 
 
 class Checkpoints:
@@ -139,8 +125,14 @@ def find(resume: str, run_dir: Path) -> Path | None:
 
 def check(path: Path, fingerprint: dict[str, object]) -> None:
     """Raises TrainingError when files are missing or cut short, or the checkpoint is of another run."""
-    manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
-    for name, size in manifest["files"].items():
+    try:
+        manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
+        sizes, saved = manifest["files"], manifest["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"MANIFEST.json cannot be read ({type(error).__name__}).", at=str(path), do="remove this checkpoint."
+        ) from None
+    for name, size in sizes.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise TrainingError(
@@ -148,7 +140,6 @@ def check(path: Path, fingerprint: dict[str, object]) -> None:
                 at=str(path),
                 do="remove this checkpoint; the one before it will be used.",
             )
-    saved = manifest["fingerprint"]
     for key, value in fingerprint.items():
         if saved.get(key) != value:
             raise TrainingError(

@@ -1,14 +1,11 @@
-"""The training engine. With engine_config.py and engine_sharding.py, the only place that knows DeepSpeed."""
+"""The training engine. With the other engine_*.py files, the only place that knows DeepSpeed."""
 
-import logging
 import math
-import warnings
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
@@ -17,19 +14,11 @@ from tunesmith.train.config import AdapterKind, Config, Offload
 from tunesmith.train.data.store import MicroBatch
 from tunesmith.train.distributed import World
 from tunesmith.train.engine_config import deepspeed_config, is_plain_fp32, raw_keys_explained
+from tunesmith.train.engine_deepspeed import deepspeed
 from tunesmith.train.engine_sharding import full_shape, gathered
 from tunesmith.train.errors import TrainingError
 
 TAG = "engine"  # folder of DeepSpeed's files inside a checkpoint
-
-# DeepSpeed compiles a shared-memory all-reduce for CPU inference at every first start (about 50 s, and a stale build
-# lock hangs later starts for ever). Training reduces through gloo and never calls it.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-# 2026-11: DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed; nothing a user can mend.
-warnings.filterwarnings(
-    "ignore", message=".*is deprecated. Please use", category=FutureWarning, module="torch.distributed"
-)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,7 @@ def sharded_init(config: Config, world: World, dtype: torch.dtype) -> AbstractCo
     """Modules made inside are split over the ranks at once under ZeRO 3, so that no rank ever holds the whole model."""
     if config.engine.stage != 3:
         return nullcontext()
-    import deepspeed
-
-    import tunesmith.train.engine  # noqa: F401  which sets DeepSpeed's options
+    from tunesmith.train.engine_deepspeed import deepspeed
 
     deepspeed.init_distributed()  # takes over the ranks that have met; without it zero.Init counts one
     with raw_keys_explained(config):
@@ -34,7 +32,7 @@ def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator
     if not split:
         yield
         return
-    import deepspeed
+    from tunesmith.train.engine_deepspeed import deepspeed
 
     with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
         yield

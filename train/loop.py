@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,17 +15,7 @@ from tunesmith.train.errors import TrainingError
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.profile import Profiler
 from tunesmith.train.setup import Run
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step over the global batch. The loss is per target token (weighted), in nats."""
-
-    loss: float
-    grad_norm: float
-    applied: bool
-    tokens: int
-    target_tokens: int
+from tunesmith.train.state import Step
 
 
 def optimizer_step(engine: Engine, micro_batches: list[MicroBatch]) -> Step:

@@ -7,7 +7,7 @@ from html import escape
 import orjson
 import yaml
 
-from tunesmith.train.report import (
+from tunesmith.train.report_data import (
     CHARTS,
     Chart,
     Line,

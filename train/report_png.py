@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-from tunesmith.train.report import (
+from tunesmith.train.report_data import (
     CHARTS,
     Chart,
     Run,

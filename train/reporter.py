@@ -2,7 +2,7 @@
 
 import resource
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import RenderableType
@@ -10,11 +10,8 @@ from rich.console import RenderableType
 from tunesmith.train.config import Config
 from tunesmith.train.console import Console
 from tunesmith.train.metrics import Throughput
+from tunesmith.train.state import RunState, Step
 from tunesmith.train.track import Sample, Tracker
-
-if TYPE_CHECKING:
-    from tunesmith.train.checkpoint import RunState
-    from tunesmith.train.loop import Step
 
 
 class Reporter:
@@ -47,8 +44,8 @@ class Reporter:
 
     def step(
         self,
-        state: "RunState",
-        step: "Step",
+        state: RunState,
+        step: Step,
         *,
         learning_rate: float,
         epoch: float,

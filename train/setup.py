@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from tunesmith.train import checkpoint, run_folder
 from tunesmith.train.adapter import transformer_blocks
-from tunesmith.train.checkpoint import Checkpoints, RunState
+from tunesmith.train.checkpoint import Checkpoints
 from tunesmith.train.config import AdapterKind, Config, Packing
 from tunesmith.train.data.order import GlobalOrder
 from tunesmith.train.data.prepare import PreparedData
@@ -25,6 +25,7 @@ from tunesmith.train.metrics import Throughput, flops_per_token, peak_flops
 from tunesmith.train.model import load_model
 from tunesmith.train.reporter import Reporter
 from tunesmith.train.schedule import learning_rate_factor
+from tunesmith.train.state import RunState
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def fingerprint(config: Config, world: World, data: PreparedData) -> dict[str, o
     """What must be the same for a checkpoint to go on as the same run."""
     return {
         "model": config.model.name_or_path,
-        "adapter": f"{config.adapter.kind} r={config.adapter.r} layers={config.adapter.num_layers}",
+        "adapter": str(config.adapter.kind),
+        **{f"adapter.{name}": value for name, value in asdict(config.adapter).items() if name != "kind"},
         "data": data.fingerprint,
         "seed": config.seed,
         "batch.global_batch_size": config.batch.global_batch_size,

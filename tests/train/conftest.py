@@ -184,7 +184,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             made[key] = tmp_path_factory.mktemp(model_type)
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.ndim == 1:  # norms and biases start at 1 and 0: nothing multiplied with 0 would show
                     parameter.data += torch.randn_like(parameter) / 10
             model.save_pretrained(made[key])
@@ -201,10 +201,10 @@ def make_records(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
     def make(num_records: int, *, seed: int = 0, max_words: int = 8) -> Path:
         lots = random.Random(seed)
-        words = ["pot", "leaf", "seed", "water", "soil", "light", "app", "ring", "root", "sun", "moss", "fern", "lamp", "dry", "wet", "cold", "warm", "bloom"]
+        words = "pot leaf seed water soil light app ring root sun moss fern lamp dry wet cold warm bloom"
 
         def sentence() -> str:
-            return " ".join(lots.choices(words, k=lots.randint(1, max_words)))
+            return " ".join(lots.choices(words.split(), k=lots.randint(1, max_words)))
 
         rows = []
         for _ in range(num_records):

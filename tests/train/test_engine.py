@@ -88,12 +88,12 @@ def refusal(rank: Any, overrides: list[str]) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("setting", ["engine.precision=fp32", "engine.precision=bf16", "adapter=lora"])
 def test_a_model_whose_mask_leaves_position_ids_out_is_not_packed(
-    ranks: Callable[[int], Any], make_model: Callable[..., Path], overrides_of: OverridesOf, precision: str
+    ranks: Callable[[int], Any], make_model: Callable[..., Path], overrides_of: OverridesOf, setting: str
 ) -> None:
     model = make_model("gpt_oss", **LEAKS["gpt_oss"])
-    overrides = overrides_of(0, f"engine.precision={precision}", model=model)
+    overrides = overrides_of(0, setting, model=model)
     (text,) = ranks(1).run(refusal, overrides=overrides)
     assert text.startswith(f"ModelError: {model} with eager attention lets packed records see each other")
     assert "do: set batch.packing=none" in text
@@ -101,7 +101,7 @@ def test_a_model_whose_mask_leaves_position_ids_out_is_not_packed(
 
 
 def moved_by_a_stranger(rank: Any, overrides: list[str]) -> list[float]:
-    """On a rank: the largest change of the logits of a sequence's first and second record when the first one changes."""
+    """On a rank: how far the logits of a sequence's first and second record move when the first one changes."""
     import torch
 
     with rank.ready(overrides) as (run, _), torch.no_grad():
@@ -151,8 +151,8 @@ def test_packed_and_unpacked_have_the_same_eval_loss(
 def poisoned_run(rank: Any, overrides: list[str], poison: str, step: int) -> dict[str, Any]:
     """On every rank: a run in which the loss of the last rank's first micro batch of a step is not finite.
 
-    poison: "nan" or "inf" weights of a label; "loss": a logit of minus infinity, which makes the loss infinite while its
-    gradient stays finite; "absent": the step is passed over without a forward, which is what skipping must come to.
+    poison: "nan" or "inf", the weight of a label; "loss": a logit of minus infinity, which makes the loss infinite
+    while its gradient stays finite; "absent": the step is passed over, which is what skipping it must come to.
     """
     import dataclasses
     import math
@@ -396,8 +396,8 @@ def test_fp16_scales_its_loss_and_learns_as_fp32_does(
 def test_fp16_skips_steps_until_its_loss_scale_fits(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int
 ) -> None:
-    high = ["engine.precision=fp16", "engine.deepspeed.fp16.initial_scale_power=24", "schedule.max_steps=16"]
-    found = ranks(2).run(trained, overrides=overrides_of(stage, *high, "optimizer.max_skipped_steps=12"), watch="model.norm")
+    high = ["engine.precision=fp16", "engine.deepspeed.fp16.initial_scale_power=24", "optimizer.max_skipped_steps=12"]
+    found = ranks(2).run(trained, overrides=overrides_of(stage, *high, "schedule.max_steps=16"), watch="model.norm")
     assert found[0]["applied"][:2] == [False, False]
     assert found[0]["applied"][-3:] == [True, True, True]
     assert found[0]["applied"] == found[1]["applied"]

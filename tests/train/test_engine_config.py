@@ -7,8 +7,9 @@ from tunesmith.train.errors import ConfigError
 
 
 def config_of(*overrides: str) -> Config:
-    sizes = ["batch.global_batch_size=8", "batch.micro_batch_size=2", "schedule.epochs=null", "schedule.max_steps=1"]
-    return compose_config(["model=tiny", "data.train=none.jsonl", "optimizer.learning_rate=1e-3", *sizes, *overrides]).config
+    run = ["model=tiny", "data.train=none.jsonl", "optimizer.learning_rate=1e-3", "schedule.epochs=null"]
+    sizes = ["batch.global_batch_size=8", "batch.micro_batch_size=2", "schedule.max_steps=1"]
+    return compose_config([*run, *sizes, *overrides]).config
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,9 @@ def test_raw_keys_that_agree_or_that_we_do_not_set_are_passed_on() -> None:
     assert found["wall_clock_breakdown"] is True
 
 
-@pytest.mark.parametrize(("world_size", "micro", "accumulation"), [(1, 1, 8), (1, 4, 2), (2, 1, 4), (2, 4, 1), (4, 2, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "micro", "accumulation"), [(1, 1, 8), (1, 4, 2), (2, 1, 4), (2, 4, 1), (4, 2, 1)]
+)
 def test_accumulation_follows_from_the_global_batch(world_size: int, micro: int, accumulation: int) -> None:
     found = deepspeed_config(config_of(f"batch.micro_batch_size={micro}"), world_size)
     assert found["gradient_accumulation_steps"] == accumulation

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tunesmith.train.report import (
+from tunesmith.train.report import write_report
+from tunesmith.train.report_data import (
     Chart,
     moving_average,
     nice_ticks,
@@ -16,7 +17,6 @@ from tunesmith.train.report import (
     thinned,
     tick_labels,
     value_range,
-    write_report,
 )
 
 SUMMARY: dict[str, Any] = {

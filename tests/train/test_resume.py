@@ -142,12 +142,12 @@ def kill_at(step: int, run_dir: Path, processes: list[subprocess.Popen[bytes]]) 
 @pytest.mark.parametrize(
     ("stage", "adapter"),
     [
-        (3, "lora"),
+        (2, "lora"),
         *(
             pytest.param(stage, adapter, marks=pytest.mark.slow)
             for stage in range(4)
             for adapter in ADAPTERS
-            if (stage, adapter) != (3, "lora")
+            if (stage, adapter) != (2, "lora")
         ),
     ],
 )

@@ -21,9 +21,10 @@ from tunesmith.train import distributed
 from tunesmith.train.compose import compose_config
 from tunesmith.train.data.prepare import prepare
 from tunesmith.train.distributed import World
-from tunesmith.train.loop import Loop, Step
+from tunesmith.train.loop import Loop
 from tunesmith.train.reporter import Reporter
 from tunesmith.train.setup import Run, set_up
+from tunesmith.train.state import Step
 from tunesmith.train.tokenizer import load_tokenizer
 
 

@@ -1,0 +1,29 @@
+"""What a run has done: in one step, and so far."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step over the global batch. The loss is per target token (weighted), in nats."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    tokens: int
+    target_tokens: int
+
+
+@dataclass
+class RunState:
+    """Counters of the loop, all that it needs besides the engine to go on. Data position is the step itself."""
+
+    step: int = 0  # optimizer steps done
+    tokens_seen: int = 0
+    target_tokens_seen: int = 0
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
+    best_step: int | None = None
+    best_eval_loss: float | None = None
+    evaluations_without_better: int = 0
+    train_seconds: float = 0.0
