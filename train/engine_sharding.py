@@ -26,6 +26,22 @@ def sharded_init(config: Config, world: World, dtype: torch.dtype) -> AbstractCo
 
 
 @contextmanager
+def known_to_peft(config: Config, world: World) -> Iterator[None]:
+    """Inside, PEFT gathers a split weight before it reads it, as DoRA does; it asks transformers whether any is split."""
+    if config.engine.stage != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    held = HfDeepSpeedConfig(deepspeed_config(config, world.world_size))  # known while it is referred to
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del held
+
+
+@contextmanager
 def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator[None]:
     """Whole parameters inside, where ZeRO 3 has split them; with write, what rank 0 leaves in them is everyone's."""
     split = [parameter for parameter in parameters if is_split(parameter)]

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from tunesmith.train.adapter import add_adapter
 from tunesmith.train.config import Attention, Config, ModelConfig, Precision
 from tunesmith.train.distributed import World
-from tunesmith.train.engine_sharding import sharded_init
+from tunesmith.train.engine_sharding import known_to_peft, sharded_init
 from tunesmith.train.errors import ModelError
 from tunesmith.train.paths import resolve_path
 from tunesmith.train.weights import load_weights, weight_files
@@ -43,7 +43,7 @@ def load_model(config: Config, world: World) -> nn.Module:
         enable({"use_reentrant": False})
     model.config.use_cache = False
     torch.manual_seed(config.seed)  # adapters start the same on every rank
-    with quiet_transformers():
+    with quiet_transformers(), known_to_peft(config, world):
         return add_adapter(model, config.adapter)
 
 
