@@ -6,9 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from tunesmith.launch.arguments import main
 from tunesmith.train.errors import TrainingError
 
+TRAIN_BAR, HELDOUT_BAR = 0.95, 0.80  # exact answers that the demo must reach
 EXAMPLE = "conf://data/example"
 QUESTION = "hello! my seedlings came cracked, what now?"
 
@@ -19,7 +22,8 @@ def demo(arguments: list[str]) -> None:
     run_dir = Path("runs", f"demo-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     overrides = ["+exp=support_bot", f"output_dir={run_dir}", *arguments]
-    _call([launcher, "--num_gpus", "2", "launch/train.py", *overrides])
+    ranks = 1 if torch.cuda.device_count() == 1 else 2  # two on the CPU, and on two GPUs or more
+    _call([launcher, "--num_gpus", str(ranks), "launch/train.py", *overrides])
     train = _ask_all(run_dir, "train")
     heldout = _ask_all(run_dir, "heldout")
     sys.stdout.write(f"\nyou> {QUESTION}\n")
@@ -27,6 +31,9 @@ def demo(arguments: list[str]) -> None:
     _call([sys.executable, "launch/chat.py", f"run={run_dir}", f"prompt={QUESTION}"])
     seconds = time.monotonic() - started
     sys.stdout.write(f"demo: train_exact_match={train:.4f} heldout_exact_match={heldout:.4f} seconds={seconds:.0f}\n")
+    sys.stdout.flush()
+    if train < TRAIN_BAR or heldout < HELDOUT_BAR:
+        raise TrainingError(f"the bot should reach {TRAIN_BAR} and {HELDOUT_BAR}.", at=str(run_dir))
 
 
 def _ask_all(run_dir: Path, split: str) -> float:

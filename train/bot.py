@@ -15,7 +15,7 @@ from tunesmith.train.data.render import encode_prompt, stop_token_ids
 from tunesmith.train.data.template import visible_answer
 from tunesmith.train.distributed import World
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.generate import answers
+from tunesmith.train.generate import answers, own_generation_config_only, room_for
 from tunesmith.train.model import open_model
 
 
@@ -37,7 +37,7 @@ class Bot:
         self.model = open_model(folder, self.config).to(self.device)
         self.stop_ids = stop_token_ids(self.tokenizer)
         self._max_new_tokens = max_new_tokens
-        self._sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        self._sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             self._sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
 
@@ -61,17 +61,36 @@ class Bot:
     def stream(self, messages: list[dict[str, Any]]) -> Iterator[str]:
         """The answer to a conversation, piece by piece as it is made."""
         ids = torch.tensor([encode_prompt(self.tokenizer, messages)], device=self.device)
+        positions = getattr(self.model.config, "max_position_embeddings", None) or ids.shape[1] + 1
+        if ids.shape[1] >= positions:
+            raise ConfigError(
+                f"the conversation has {ids.shape[1]} tokens, the model has {positions} positions.",
+                at="chat",
+                do="start a new conversation.",
+            )
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         arguments = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "max_new_tokens": self._max_new_tokens,
+            "max_new_tokens": room_for(self.model, ids.shape[1], self._max_new_tokens),
             "eos_token_id": self.stop_ids,
             "pad_token_id": self.tokenizer.pad_token_id,
             "streamer": streamer,
             **self._sampling,
         }
-        thread = Thread(target=self.model.generate, kwargs=arguments, daemon=True)
+        failures: list[Exception] = []
+
+        def generate() -> None:
+            try:
+                with own_generation_config_only(self.model):
+                    self.model.generate(**arguments)
+            except Exception as error:
+                failures.append(error)
+                streamer.end()  # or the reader would wait for ever
+
+        thread = Thread(target=generate, daemon=True)
         thread.start()
         yield from streamer
         thread.join()
+        if failures:
+            raise failures[0]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tunesmith.train import distributed
@@ -57,8 +58,8 @@ class Checkpoints:
         try:
             engine.save(staged)
             _save_random_state(staged, self._world.rank)
-        except OSError as error:
-            problem = str(error)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+            problem = str(error).splitlines()[0]
         if not distributed.all_ranks(not problem, engine.device):
             shutil.rmtree(staged, ignore_errors=True)
             raise TrainingError(
@@ -66,9 +67,13 @@ class Checkpoints:
                 at=str(target),
                 do="free space there; older checkpoints are whole.",
             )
-        if self._world.rank == 0:
-            self._publish(staged, target, state)
-        distributed.barrier()
+        try:
+            if self._world.rank == 0:
+                self._publish(staged, target, state)
+        except OSError as error:
+            problem = str(error)
+        if not distributed.all_ranks(not problem, engine.device):
+            raise TrainingError(f"a checkpoint could not be put in place. {problem}", at=str(target))
         return target
 
     def _publish(self, staged: Path, target: Path, state: RunState) -> None:

@@ -27,7 +27,7 @@ def sharded_init(config: Config, world: World, dtype: torch.dtype) -> AbstractCo
 
 @contextmanager
 def known_to_peft(config: Config, world: World) -> Iterator[None]:
-    """Inside, PEFT gathers a split weight before it reads it, as DoRA does; it asks transformers whether any is split."""
+    """Inside, PEFT gathers a split weight before it reads it, as DoRA does: it asks transformers if any is split."""
     if config.engine.stage != 3:
         yield
         return

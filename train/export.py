@@ -5,6 +5,7 @@ template beside it. The best weights are written while they are live, with a dig
 they are put back into the live model, which answers the questions, and the files are opened and compared with both.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 
 from tunesmith.train import distributed
 from tunesmith.train.config import AdapterKind, Config
+from tunesmith.train.data.render import stop_token_ids
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.model import open_model
 from tunesmith.train.paths import resolve_path
@@ -103,7 +105,9 @@ def _write_rest(model: Any, tokenizer: Any, config: Config, folder: Path) -> Non
     model.config.use_cache = True
     model.config.save_pretrained(folder)
     model.config.use_cache = False
-    model.generation_config.save_pretrained(folder)
+    generation = copy.deepcopy(model.generation_config)
+    generation.eos_token_id, generation.pad_token_id = stop_token_ids(tokenizer), tokenizer.pad_token_id
+    generation.save_pretrained(folder)
 
 
 class ShardWriter:
@@ -221,9 +225,23 @@ def remove_others(folder: Path) -> None:
             digest_file(other).unlink(missing_ok=True)
 
 
-def publish(staged: Path, target: Path) -> None:
-    """Puts a written model in its place and removes the folder of drafts; rank 0 only."""
+def publish(draft: Path, target: Path) -> None:
+    """Puts a written model in its place in one move, by links where the disk has them; rank 0 only. The draft stays."""
+    staged = target.with_name(f".{target.name}.staged")
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(draft, staged, copy_function=_link_or_copy)
     if target.exists():
         shutil.rmtree(target)
     os.replace(staged, target)
-    shutil.rmtree(staged.parent)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def discard_drafts(draft: Path) -> None:
+    """Removes the folder of drafts; rank 0 only."""
+    shutil.rmtree(draft.parent, ignore_errors=True)

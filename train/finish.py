@@ -9,8 +9,9 @@ from tunesmith.train.data.template import visible_answer
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.evaluate import answer_metrics, same_answer
 from tunesmith.train.generate import answers
-from tunesmith.train.loop import Loop, best_folder
+from tunesmith.train.loop import Loop
 from tunesmith.train.report import write_report
+from tunesmith.train.run_folder import best_folder
 from tunesmith.train.setup import Run
 from tunesmith.train.summary import end_rows, summarise
 from tunesmith.train.track import Sample
@@ -19,31 +20,34 @@ from tunesmith.train.track import Sample
 def finish(loop: Loop) -> dict[str, Any]:
     """Every rank calls it. Returns the summary; raises TrainingError when the saved model is not the live one."""
     run = loop.run
-    folder, step = _bring_back_best(loop)
-    figures = _answer_questions(run, step)
+    folder, evaluation = _bring_back_best(loop)
+    figures = _answer_questions(run)
     run.reporter.phase("opening the saved model again")
     proof = _prove(run, folder)
-    summary = summarise(run, train_loss=loop.last_loss, evaluation=loop.last_evaluation | figures, proof=proof)
+    summary = summarise(run, evaluation=evaluation | figures, proof=proof)
     run.reporter.finish(summary)
     if run.world.rank == 0:
+        export.discard_drafts(folder)  # only now: until the summary says finished, a restart needs the best weights
         write_report(run.run_dir)
-        run.reporter.end(end_rows(summary, run.run_dir), "Finished")
+        place = run.reporter.wandb_place
+        run.reporter.end(end_rows(summary, run.run_dir) + ([("W&B", place)] if place else []), "Finished")
     distributed.barrier()
     return summary
 
 
-def _bring_back_best(loop: Loop) -> tuple[Path, int]:
-    """The folder of the best weights and their step; the live model holds the same weights afterwards."""
+def _bring_back_best(loop: Loop) -> tuple[Path, dict[str, float]]:
+    """The folder of the best weights and their eval figures; the live model holds the same weights afterwards."""
     run, state = loop.run, loop.run.state
-    if state.best_step is None or not best_folder(run.run_dir, state.best_step).is_dir():
-        return loop.write_model(), state.step
+    if state.best_step is None:
+        return loop.write_model(), state.evaluation
     folder = best_folder(run.run_dir, state.best_step)
-    if state.best_step != state.step:
-        export.restore(run.engine, run.config, folder)
-    return folder, state.best_step
+    if state.best_step == state.step:
+        return folder, state.evaluation
+    export.restore(run.engine, run.config, folder)
+    return folder, loop.measure()
 
 
-def _answer_questions(run: Run, step: int) -> dict[str, float]:
+def _answer_questions(run: Run) -> dict[str, float]:
     settings = run.config.evaluate
     questions = run.data.questions[: settings.max_records]
     if not settings.generate or not questions:
@@ -62,26 +66,26 @@ def _answer_questions(run: Run, step: int) -> dict[str, float]:
     texts = [visible_answer(run.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
     expected = [question.answer for question in questions]
     figures = answer_metrics(texts, expected)
-    run.reporter.evaluation(step, figures)
+    run.reporter.evaluation(run.state.step, figures)
     rows = [
         Sample(question.messages[-1]["content"], question.answer, text, same_answer(text, question.answer))
         for question, text in zip(questions, texts, strict=True)
     ]
-    run.reporter.samples(step, rows[: settings.num_samples])
+    run.reporter.samples(run.state.step, rows[: settings.num_samples])
     return figures
 
 
 def _prove(run: Run, folder: Path) -> str:
     """Rank 0 opens the written model and compares; every rank hears of a difference."""
     probe_ids, logits_TV = export.probe(run.engine)
-    problem: TrainingError | None = None
+    problem: Exception | None = None
     proof = ""
     if run.world.rank == 0:
         try:
             proof = export.verify(folder, run.config, probe_ids, logits_TV)
             export.publish(folder, run.run_dir / run_folder.MODEL)
-        except TrainingError as error:
+        except Exception as error:
             problem = error
     if not distributed.all_ranks(problem is None, run.engine.device):
-        raise problem or TrainingError("rank 0 found the saved model to differ from the live one.")
+        raise problem or TrainingError("rank 0 could not prove the saved model.")
     return proof

@@ -1,9 +1,12 @@
 """Greedy answers to many questions, shared out over the ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from tunesmith.train.data.prepare import Question
 from tunesmith.train.distributed import World, gather_floats
@@ -64,23 +67,39 @@ def _greedy(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    output = model.generate(  # type: ignore[operator]
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids,
-        pad_token_id=pad_token_id,
-        use_cache=True,
-        synced_gpus=world.world_size > 1 and any(is_split(p) for p in model.parameters()),
-        **GREEDY,
-    )
+    with own_generation_config_only(model):
+        output = model.generate(  # type: ignore[operator]
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            do_sample=False,
+            max_new_tokens=room_for(model, width, max_new_tokens),
+            eos_token_id=stop_ids,
+            pad_token_id=pad_token_id,
+            use_cache=True,
+            synced_gpus=world.world_size > 1 and any(is_split(p) for p in model.parameters()),
+        )
     return [_until_stop(row, set(stop_ids)) for row in output[:, width:].tolist()]
 
 
-# A model's own generation_config may ask for sampling; greedy must not warn about what it leaves unused.
-GREEDY = {"temperature": None, "top_p": None, "top_k": None}
+@contextmanager
+def own_generation_config_only(model: Any) -> Iterator[None]:
+    """Hides the model's generation_config: its sampling or repetition penalty would act on greedy answers too."""
+    inner: Any = getattr(model, "base_model", None)  # PEFT keeps the configuration in both
+    holders = [holder for holder in (model, inner) if hasattr(holder, "generation_config")]
+    kept = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, config in zip(holders, kept, strict=True):
+            holder.generation_config = config
+
+
+def room_for(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
+    """max_new_tokens, or fewer where the model has no more positions; at least one."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return max(1, min(max_new_tokens, positions - prompt_tokens)) if positions else max_new_tokens
 
 
 def _until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:

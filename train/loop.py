@@ -14,6 +14,7 @@ from tunesmith.train.engine import Engine
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.profile import Profiler
+from tunesmith.train.run_folder import best_folder
 from tunesmith.train.setup import Run
 from tunesmith.train.state import Step
 
@@ -50,9 +51,6 @@ class Loop:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.last_loss = math.nan
-        self.last_evaluation: dict[str, float] = {}
-        self._evaluated_step: int | None = None
         epochs = run.config.schedule.epochs
         self._samples = run.order.num_samples(epochs) if epochs else None
 
@@ -60,24 +58,25 @@ class Loop:
         """Trains until the last step or until the eval loss has stopped falling. Raises TrainingError."""
         self.run.engine.train()
         profiler = Profiler(self.run.config.profile, self.run.run_dir, self.run.world, self.run.engine.device)
-        while self.run.state.step < self.run.total_steps:
+        while self.run.state.step < self.run.total_steps and not self._out_of_patience():
             self._one_step()
             profiler.step(self.run.state.step)
             if self._due(self.run.config.evaluate.every_steps):
                 self._evaluate()
             if self._due(self.run.config.checkpoint.every_steps):
                 self._save()
-            patience = self.run.config.evaluate.patience
-            if patience and self.run.state.evaluations_without_better >= patience:
-                self.run.reporter.note(
-                    f"stopped early at step {self.run.state.step}: {patience} evaluations without a better loss"
-                )
-                break
         profiler.stop()
-        if self.run.data.validation is not None and self._evaluated_step != self.run.state.step:
+        if self.run.data.validation is not None and self.run.state.evaluated_step != self.run.state.step:
             self._evaluate()
         if self.run.config.checkpoint.at_end:
             self._save()
+
+    def _out_of_patience(self) -> bool:
+        state, patience = self.run.state, self.run.config.evaluate.patience
+        if not patience or state.evaluations_without_better < patience:
+            return False
+        self.run.reporter.note(f"stopped early at step {state.step}: {patience} evaluations without a better loss")
+        return True
 
     def _due(self, every_steps: int | None) -> bool:
         return bool(every_steps) and self.run.state.step % (every_steps or 1) == 0
@@ -104,7 +103,6 @@ class Loop:
         step = optimizer_step(self.run.engine, micro_batches)
         seconds = time.monotonic() - started
         self._count(step, seconds)
-        self.last_loss = step.loss
         self.run.reporter.step(
             self.run.state,
             step,
@@ -123,6 +121,7 @@ class Loop:
         state.train_seconds += seconds
         state.skipped_in_row = 0 if step.applied else state.skipped_in_row + 1
         state.skipped_steps += not step.applied
+        state.train_loss = step.loss
 
     def _check_skips(self, step: Step) -> None:
         if step.applied:
@@ -140,7 +139,7 @@ class Loop:
                 "these steps; optimizer.max_skipped_steps sets the limit.",
             )
 
-    def _measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """The figures of the validation split."""
         assert self.run.data.validation is not None
         return evaluate(
@@ -155,9 +154,8 @@ class Loop:
         if self.run.data.validation is None:
             return
         self.run.reporter.phase("evaluating")
-        metrics = self._measure()
-        self._evaluated_step = self.run.state.step
-        self.last_evaluation = metrics
+        metrics = self.measure()
+        self.run.state.evaluated_step, self.run.state.evaluation = self.run.state.step, metrics
         self.run.reporter.evaluation(self.run.state.step, metrics)
         self._note_best(metrics["eval/loss"])
 
@@ -180,12 +178,9 @@ class Loop:
         return folder
 
     def _save(self) -> None:
+        if self.run.state.step in self.run.checkpoints.steps():
+            return
         self.run.reporter.phase("saving a checkpoint")
         started = time.monotonic()
         self.run.checkpoints.save(self.run.engine, self.run.state)
         self.run.reporter.saved(self.run.state.step, max_over_ranks(time.monotonic() - started, self.run.engine.device))
-
-
-def best_folder(run_dir: Path, step: int) -> Path:
-    """Where the best weights wait until the run has ended."""
-    return run_dir / "best" / f"step-{step:06d}"

@@ -30,8 +30,7 @@ TOKENIZER_WORDS = words_of(
 NAMES_A_PLACE = words_of("dir env file name path sock type var")  # HF_TOKEN_PATH says where the token is, not what
 
 # Shorter values are words, not secrets: hiding every "test" would make a config unreadable.
-MIN_LENGTH_EQUAL = 4
-MIN_LENGTH_INSIDE = 8
+MIN_LENGTH = 8
 
 USERINFO = re.compile(r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+(?=@)|(?<=://)[^\s/@:'\"]{8,}(?=@)")
 # name=value, --name value, 'name': 'value'
@@ -78,7 +77,7 @@ def known_secrets() -> list[str]:
         if names_a_secret(name.lstrip("+~-")):
             values.append(value if equals else following)
     secrets = {value.strip().strip("'\"") for value in values}
-    return sorted((value for value in secrets if len(value) >= MIN_LENGTH_EQUAL), key=len, reverse=True)
+    return sorted((value for value in secrets if len(value) >= MIN_LENGTH), key=len, reverse=True)
 
 
 def _redact_value(key: object, value: Any, secrets: list[str]) -> Any:
@@ -91,17 +90,14 @@ def _redact_value(key: object, value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
         return _redact_text(value, secrets)
     if isinstance(value, int | float) or value is None:
-        return HIDDEN if str(value) in secrets and len(str(value)) >= MIN_LENGTH_INSIDE else value
+        return HIDDEN if str(value) in secrets else value
     text = str(value)
     return value if _redact_text(text, secrets) == text else _redact_text(text, secrets)
 
 
 def _redact_text(text: str, secrets: list[str]) -> str:
-    if text in secrets:
-        return HIDDEN
     for secret in secrets:
-        if len(secret) >= MIN_LENGTH_INSIDE:
-            text = text.replace(secret, HIDDEN)
+        text = text.replace(secret, HIDDEN)
     text = USERINFO.sub(HIDDEN, text)
     text = ASSIGNMENT.sub(_redact_assignment, text)
     return SHAPES.sub(HIDDEN, BEARER.sub(rf"\1 {HIDDEN}", text))

@@ -23,6 +23,7 @@ class Reporter:
         self._tracker: Tracker | None = None
         self._every_steps = 1
         self._total_steps = 0
+        self.wandb_place: str | None = None  # where the run is in W&B, once it has ended
 
     def begin(
         self,
@@ -103,9 +104,10 @@ class Reporter:
 
     def finish(self, summary: dict[str, Any], *, exit_code: int = 0) -> None:
         """Closes the tracker with the run's summary."""
-        if self._tracker is not None:
-            self._tracker.finish(summary, exit_code=exit_code)
-            self._tracker = None
+        tracker, self._tracker = self._tracker, None  # first: an interrupt while it waits must not finish it twice
+        if tracker is not None:
+            tracker.finish(summary, exit_code=exit_code)
+            self.wandb_place = tracker.wandb_place
 
     def end(self, rows: list[tuple[str, str]], title: str) -> None:
         if self.console is not None:

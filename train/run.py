@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock
 
 from tunesmith.train import checkpoint, distributed, engine_config, run_folder
 from tunesmith.train.compose import Composed
@@ -14,6 +15,7 @@ from tunesmith.train.console import Console
 from tunesmith.train.data.prepare import PreparedData, prepare
 from tunesmith.train.data.preview import preview
 from tunesmith.train.distributed import World
+from tunesmith.train.errors import TrainingError, TunesmithError
 from tunesmith.train.model import check_model
 from tunesmith.train.redact import redact
 from tunesmith.train.reporter import Reporter
@@ -25,6 +27,7 @@ def run(composed: Composed) -> Path:
     config = composed.config
     world = distributed.world_from_environment()
     engine_config.check(config, world.world_size)
+    _make_absolute(composed)
     device = distributed.choose_device(config.cluster.device, world)
     run_dir = run_folder.choose(config)
     run_folder.check_usable(run_dir, config.resume)
@@ -49,6 +52,13 @@ def run(composed: Composed) -> Path:
     return run_dir
 
 
+def _make_absolute(composed: Composed) -> None:
+    """A model folder is written down so that chat and export find it from anywhere."""
+    folder = Path(composed.config.model.name_or_path).expanduser()
+    if folder.is_dir():
+        composed.config.model.name_or_path = composed.resolved["model"]["name_or_path"] = str(folder.absolute())
+
+
 def _train(
     composed: Composed,
     world: World,
@@ -67,17 +77,30 @@ def _train(
 
     ready = set_up(composed.config, world, device, run_dir, tokenizer, data, reporter)
     reporter.table(start_rows(ready), composed.config.name)
-    if world.rank == 0:
-        run_folder.create(run_dir, yaml.safe_dump(redact(composed.resolved), sort_keys=False))
-    distributed.barrier()
+    lock = _create_folder(composed, world, device, run_dir)
     reporter.begin(composed.config, composed.resolved, run_dir, ready.throughput, ready.total_steps, ready.state.step)
     loop = Loop(ready)
     try:
         loop.train()
         finish(loop)
+        if lock:
+            lock.release()
     except BaseException as error:
         reporter.finish(_failure(composed.config, ready.state.step, error), exit_code=1)
         raise
+
+
+def _create_folder(composed: Composed, world: World, device: torch.device, run_dir: Path) -> FileLock | None:
+    """Rank 0 makes the run folder and holds its lock; every rank hears when it cannot."""
+    lock, problem = None, None
+    try:
+        if world.rank == 0:
+            lock = run_folder.create(run_dir, yaml.safe_dump(redact(composed.resolved), sort_keys=False))
+    except (TunesmithError, OSError) as error:
+        problem = error
+    if not distributed.all_ranks(problem is None, device):
+        raise problem or TrainingError("rank 0 could not make the run folder.", at=str(run_dir))
+    return lock
 
 
 def _failure(config: Config, step: int, error: BaseException) -> dict[str, Any]:

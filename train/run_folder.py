@@ -7,12 +7,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from tunesmith.train.config import Config
 from tunesmith.train.errors import ConfigError
 
 MODEL = "model"  # what the run leaves behind
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+PROBE = ".tunesmith-"  # start of the name of a folder that is made and removed to see whether one can be
 SPARE_BYTES = 256 * 2**20  # for metrics, the report and W&B's files
 
 
@@ -21,6 +24,11 @@ def choose(config: Config) -> Path:
     if config.output_dir:
         return Path(os.path.expanduser(config.output_dir)).absolute()  # leaves a ~name of nobody as it is
     return Path("runs", f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+
+
+def best_folder(run_dir: Path, step: int) -> Path:
+    """Where the best weights wait until the run has ended."""
+    return run_dir / "best" / f"step-{step:06d}"
 
 
 def check_usable(folder: Path, resume: str) -> None:
@@ -43,10 +51,23 @@ def check_usable(folder: Path, resume: str) -> None:
     check_writable(folder)
 
 
-def create(folder: Path, config_yaml: str) -> None:
-    """Makes the folder with the resolved config in it; rank 0 only."""
+def create(folder: Path, config_yaml: str) -> FileLock:
+    """Makes the folder with the resolved config in it; rank 0 only. The lock is the run's until its process ends.
+
+    Raises ConfigError when another run holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"another run is writing to {folder}.",
+            at="output_dir",
+            do="wait for its end, or choose another output_dir.",
+        ) from None
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+    return lock
 
 
 def is_finished(folder: Path) -> bool:
@@ -66,7 +87,7 @@ def check_writable(folder: Path, needed_bytes: int = SPARE_BYTES) -> None:
     if not parent.is_dir():
         raise ConfigError(f"{parent} is a file.", at="output_dir", do="choose another output_dir.")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".tunesmith-", dir=parent))
+        os.rmdir(tempfile.mkdtemp(prefix=PROBE, dir=parent))
     except OSError as error:
         raise ConfigError(
             f"the run folder cannot be made in {parent}: {error.strerror}.",

@@ -24,6 +24,7 @@ from tunesmith.train.isolation import check_packing
 from tunesmith.train.metrics import Throughput, flops_per_token, peak_flops
 from tunesmith.train.model import load_model
 from tunesmith.train.reporter import Reporter
+from tunesmith.train.run_folder import best_folder
 from tunesmith.train.schedule import learning_rate_factor
 from tunesmith.train.state import RunState
 
@@ -85,6 +86,8 @@ def set_up(
     checkpoints = Checkpoints(run_dir, keep_last=config.checkpoint.keep_last, fingerprint=ours, world=world)
     seed_everything(config.seed * 65_537 + world.rank)
     state = checkpoints.load(engine, Path(found)) if found else RunState()
+    if state.best_step is not None and not best_folder(run_dir, state.best_step).is_dir():
+        state.best_step = state.best_eval_loss = None  # taken over from another run, whose best weights are not here
     return Run(
         config=config,
         world=world,

@@ -1,6 +1,6 @@
 """What a run has done: in one step, and so far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,7 @@ class RunState:
     best_step: int | None = None
     best_eval_loss: float | None = None
     evaluations_without_better: int = 0
+    evaluated_step: int | None = None  # of the last evaluation, and what it gave
+    evaluation: dict[str, float] = field(default_factory=dict)
+    train_loss: float | None = None  # of the last step
     train_seconds: float = 0.0

@@ -70,7 +70,7 @@ def millions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def summarise(run: Run, *, train_loss: float, evaluation: dict[str, float], proof: str) -> dict[str, Any]:
+def summarise(run: Run, *, evaluation: dict[str, float], proof: str) -> dict[str, Any]:
     """The content of summary.json."""
     state = run.state
     return {
@@ -78,7 +78,7 @@ def summarise(run: Run, *, train_loss: float, evaluation: dict[str, float], proo
         "name": run.config.name,
         "steps": state.step,
         "epochs": run.order.epoch_at(state.step),
-        "train_loss": train_loss,
+        "train_loss": state.train_loss,
         "eval": {name.removeprefix("eval/"): value for name, value in evaluation.items()},
         "best": {"step": state.best_step, "eval_loss": state.best_eval_loss},
         "skipped_steps": state.skipped_steps,

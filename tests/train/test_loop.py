@@ -157,7 +157,7 @@ def test_the_matrix_has_uneven_micro_batches_and_a_rank_without_targets(curve_of
     assert len(set(curve_of(1, 0, 1, "none")["first_targets"])) > 3
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("adapter", ["none", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_loss_curve_of_packed_sequences_does_not_depend_on_the_split(curve_of: CurveOf, adapter: str) -> None:
     packed = ["batch.packing=best_fit", "schedule.epochs=null", f"schedule.max_steps={NUM_STEPS}"]
     assert_same_curve(curve_of(2, 3, 2, adapter, *packed), curve_of(1, 0, 1, adapter, *packed))

@@ -73,9 +73,9 @@ def test_values_of_the_command_line_are_hidden(monkeypatch: pytest.MonkeyPatch) 
     assert redact_text("kanarienvogel-1 kanarienvogel-2 12345678") == f"{HIDDEN} {HIDDEN} 12345678"
 
 
-def test_a_short_value_is_hidden_only_where_it_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DB_PASSWORD", "test")
-    assert redact({"x": "test", "path": "data/test.jsonl"}) == {"x": HIDDEN, "path": "data/test.jsonl"}
+def test_a_short_value_is_left_alone_where_its_key_names_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_AUTH", "none")  # or the config of the run could not be read back
+    assert redact({"kind": "none", "password": "none"}) == {"kind": "none", "password": HIDDEN}
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,16 @@ def losses(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int])
     return {"losses": [found[step] for step in range(NUM_STEPS)], "started_at": started_at}
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "adapter"),
+    [
+        *((0, "none"), (1, "lora"), (2, "none"), (3, "lora")),
+        *(
+            pytest.param(*point, marks=pytest.mark.slow)
+            for point in ((0, "lora"), (1, "none"), (2, "lora"), (3, "none"))
+        ),
+    ],
+)
 def test_losses_after_two_resumes_are_bitwise_those_of_one_run(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, adapter: str
 ) -> None:

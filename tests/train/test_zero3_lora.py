@@ -58,8 +58,16 @@ def residency(rank: Any, overrides: list[str]) -> dict[str, Any]:
         }
 
 
-@pytest.mark.parametrize("checkpointing", ["true", "false"])
-@pytest.mark.parametrize("adapter", ["lora", "none", "last_layers adapter.num_layers=1"])
+@pytest.mark.parametrize(
+    ("adapter", "checkpointing"),
+    [
+        ("lora", "true"),
+        ("none", "true"),
+        ("last_layers adapter.num_layers=1", "true"),
+        pytest.param("lora", "false", marks=pytest.mark.slow),
+        pytest.param("none", "false", marks=pytest.mark.slow),
+    ],
+)
 def test_gathered_weights_are_released_again(
     ranks: Callable[[int], Any],
     make_model: Callable[..., Path],
