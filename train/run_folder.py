@@ -15,7 +15,7 @@ from tunesmith.train.errors import ConfigError
 MODEL = "model"  # what the run leaves behind
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
-PROBE = ".tunesmith-"  # start of the name of a folder that is made and removed to see whether one can be
+OURS = ".tunesmith-"  # start of the names of a folder's lock, and of what is made to see whether it can be written
 SPARE_BYTES = 256 * 2**20  # for metrics, the report and W&B's files
 
 
@@ -35,7 +35,7 @@ def check_usable(folder: Path, resume: str) -> None:
     """Raises ConfigError when the folder holds something else, or a run that must not be written over."""
     try:
         is_run = (folder / CONFIG).is_file()
-        is_used = folder.is_dir() and any(folder.iterdir())
+        is_used = folder.is_dir() and any(not path.name.startswith(OURS) for path in folder.iterdir())
     except OSError as error:  # too long a name, or no permission to look
         raise ConfigError(
             f"the run folder cannot be used: {error.strerror}.", at="output_dir", do="choose another output_dir."
@@ -57,7 +57,7 @@ def create(folder: Path, config_yaml: str) -> FileLock:
     Raises ConfigError when another run holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / f"{OURS}lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -87,7 +87,7 @@ def check_writable(folder: Path, needed_bytes: int = SPARE_BYTES) -> None:
     if not parent.is_dir():
         raise ConfigError(f"{parent} is a file.", at="output_dir", do="choose another output_dir.")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=PROBE, dir=parent))
+        os.rmdir(tempfile.mkdtemp(prefix=OURS, dir=parent))
     except OSError as error:
         raise ConfigError(
             f"the run folder cannot be made in {parent}: {error.strerror}.",

@@ -1,10 +1,12 @@
 """Generation: greedy, the same for any batch size, number of ranks and ZeRO stage, and it stops at the stop token."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tunesmith.train.data.prepare import Question
-from tunesmith.train.generate import answers
+from tunesmith.train.generate import answers, room_for
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17, 18], [21, 22], [8, 8, 8, 8]]
 
@@ -32,6 +34,7 @@ def one_by_one(model, stop_ids: list[int], max_new_tokens: int) -> list[list[int
 
 def generate_split(rank, overrides: list[str], batch_size: int, stop_ids: list[int]) -> dict[str, object]:
     with rank.ready(overrides) as (run, _):
+        run.engine.module.generation_config.repetition_penalty = 5.0  # a model's own wish must not bend greedy answers
         found = answers(
             run.engine.module,
             questions(),
@@ -78,3 +81,8 @@ def test_answers_are_the_arg_max_for_any_split(overrides, ranks):
             }
             for answer in ranks(2).run(generate_split, **arguments):
                 assert answer["found"] == first["found"]
+
+
+@pytest.mark.parametrize(("prompt", "wanted", "room"), [(10, 20, 20), (90, 20, 10), (99, 20, 1), (100, 20, 1)])
+def test_an_answer_ends_where_the_models_positions_do(prompt, wanted, room):
+    assert room_for(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=100)), prompt, wanted) == room

@@ -1,0 +1,43 @@
+"""The run folder: one run at a time, drafts kept until they are not needed, and no false alarm between ranks."""
+
+import os
+
+import pytest
+
+from tunesmith.train import export
+from tunesmith.train.errors import ConfigError
+from tunesmith.train.run_folder import best_folder, check_usable, create, is_finished
+
+
+def test_a_second_run_is_refused_while_the_first_one_writes(tmp_path):
+    lock = create(tmp_path / "run", "name: one")
+    with pytest.raises(ConfigError, match="another run is writing"):
+        create(tmp_path / "run", "name: two")
+    assert (tmp_path / "run/config.yaml").read_text() == "name: one"
+    lock.release()
+    create(tmp_path / "run", "name: two").release()
+
+
+def test_another_ranks_probe_does_not_make_a_folder_look_used(tmp_path):
+    (tmp_path / ".tunesmith-abc").mkdir()
+    check_usable(tmp_path, "auto")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        check_usable(tmp_path, "auto")
+
+
+def test_a_published_model_leaves_its_draft_until_it_is_discarded(tmp_path):
+    draft = best_folder(tmp_path, 7)
+    draft.mkdir(parents=True)
+    (draft / "model.safetensors").write_bytes(b"new")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").write_bytes(b"old")
+    export.publish(draft, tmp_path / "model")
+    assert (tmp_path / "model/model.safetensors").read_bytes() == b"new"
+    assert (draft / "model.safetensors").exists()
+    assert not is_finished(tmp_path)
+    (tmp_path / "summary.json").write_text('{"status": "finished"}')
+    export.discard_drafts(draft)
+    assert is_finished(tmp_path)
+    assert os.listdir(tmp_path / "model") == ["model.safetensors"]
+    assert not (tmp_path / "best").exists()
