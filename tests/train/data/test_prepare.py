@@ -276,7 +276,6 @@ def test_the_progress_bar_is_for_people(make_tokenizer, make_config, write_jsonl
     assert capsys.readouterr().out == ""  # it goes to stderr
 
 
-@pytest.mark.skipif(not EXAMPLE.is_file(), reason="the example data is not built")
 @pytest.mark.parametrize("tokenizer_folder", [ROOT / "conf/model/tiny", SHARED / "tokenizer"])
 def test_the_example_fills_98_percent(tokenizer_folder, make_config):
     from tunesmith.train.config import DataConfig, ModelConfig

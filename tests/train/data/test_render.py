@@ -168,7 +168,6 @@ def test_a_tokenizer_that_cannot_be_cut_learns_the_token_across(make_tokenizer):
 
 
 def _spaced(make_tokenizer):
-    pytest.importorskip("tokenizers")
     import tempfile
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
