@@ -6,6 +6,7 @@ Composition (yaml files, overrides, error places) is `compose.py`; nothing here 
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.schema.around import (
@@ -51,6 +52,7 @@ __all__ = [
     "Device",
     "EngineConfig",
     "EvaluateConfig",
+    "Kernels",
     "ModelConfig",
     "ObjectiveConfig",
     "Offload",
@@ -71,6 +73,13 @@ MAX_NAME = 100  # characters: a file name holds 255 bytes, and the date is added
 FOLDER_NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*")
 
 
+class Kernels(StrEnum):
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
+    off = "off"
+
+
 @dataclass(kw_only=True)
 class Config:
     """A whole run."""
@@ -79,6 +88,9 @@ class Config:
     seed: int = 0  # of the data order, the split, random weights and dropout
     output_dir: str | None = None  # the run folder; null: runs/<name>-<date>-<time>
     resume: str = "auto"  # auto: from output_dir's newest checkpoint, if any; never; or a run folder or checkpoint
+    kernels: Kernels = (
+        Kernels.auto
+    )  # loss and LoRA: triton; torch; auto: triton on a GPU, else torch; off: plain Hugging Face
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig

@@ -16,6 +16,7 @@ from tunesmith.train.data.prepare import PreparedData, prepare
 from tunesmith.train.data.preview import preview
 from tunesmith.train.distributed import World
 from tunesmith.train.errors import TrainingError, TunesmithError
+from tunesmith.train.kernel_choice import choose_kernels
 from tunesmith.train.model import check_model
 from tunesmith.train.redact import redact
 from tunesmith.train.reporter import Reporter
@@ -29,6 +30,7 @@ def run(composed: Composed) -> Path:
     engine_config.check(config, world.world_size)
     _make_absolute(composed)
     device = distributed.choose_device(config.cluster.device, world)
+    choose_kernels(config, device)
     run_dir = run_folder.choose(config)
     run_folder.check_usable(run_dir, config.resume)
     if run_folder.is_finished(run_dir) and config.resume == "auto":

@@ -1,0 +1,58 @@
+"""Block sizes of the Triton kernels: a static table for each kernel, and what a timed pick on this GPU has chosen.
+
+A table maps an architecture (90 Hopper, 80 any other GPU, 0 the interpreter) to candidates, the first of which is the
+default. `compile_report.py` cross-compiles every one of them, so that none that spills is shipped.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tunesmith.kernels.device import arch
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tile sizes by the kernel's own names of its constexpr arguments, and how Triton schedules them."""
+
+    sizes: tuple[tuple[str, int], ...]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments for kernel[grid](...)."""
+        return {**dict(self.sizes), "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.sizes)[name]
+
+
+def block(num_warps: int = 4, num_stages: int = 2, **sizes: int) -> Block:
+    """block(8, 3, BLOCK_M=128, BLOCK_N=256)."""
+    return Block(tuple(sizes.items()), num_warps, num_stages)
+
+
+Table = dict[int, list[Block]]
+
+
+@dataclass(frozen=True)
+class Build:
+    """One shipped way to compile a kernel: all that the cross-compiler needs, without a GPU."""
+
+    kernel: Any  # the @triton.jit function
+    block: Block
+    arch: int  # 80 or 90
+    signature: dict[str, str]  # argument -> Triton type: "*bf16", "fp32", "i32", ... ; constexpr ones left out
+    constants: dict[str, Any]  # constexpr argument -> value, without the block's sizes
+    label: str  # what a reader of the report should see: the features that are on
+    expects: tuple[str, ...] = field(default=())  # instructions that must be in the machine code, such as HGMMA
+
+
+def choose(kernel: str, table: Table, device: torch.device, shape: tuple[int, ...]) -> Block:
+    """The block for a kernel at a shape: the timed pick if there is one, else the first candidate."""
+    return _picked.get((kernel, shape)) or table[arch(device)][0]
+
+
+_picked: dict[tuple[str, tuple[int, ...]], Block] = {}

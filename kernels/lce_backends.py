@@ -1,0 +1,136 @@
+"""Which back end computes a call of linear_cross_entropy, and in chunks of how many rows."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tunesmith.kernels import lce_torch
+from tunesmith.kernels.device import num_multiprocessors, why_not_triton
+from tunesmith.kernels.lce_head import Head
+from tunesmith.kernels.lce_rows import Rows
+
+BACKENDS = ("auto", "triton", "anchored", "chunked", "torch")
+# On a GPU a chunk is a matter of filling the multiprocessors; on a CPU, of staying in the cache between passes.
+GPU_SLAB_BYTES = 2**29
+GPU_SLAB_BYTES_TRAINABLE = 2**30  # every chunk reads and writes the whole float32 gradient of the head: fewer, larger
+CPU_SLAB_BYTES = 2**24
+TILE_ROWS, TILE_COLUMNS = 128, 256  # of cuBLAS's 16-bit products on A100 and H100
+
+Chunk = Callable[[Head, torch.Tensor, torch.Tensor, torch.Tensor], Rows]
+
+
+@dataclass(frozen=True)
+class Plan:
+    chunk: Chunk
+    rows: int  # of one chunk
+    backend: str
+
+
+def plan_for(backend: str, head: Head, hidden_ND: torch.Tensor, max_slab_bytes: int | None) -> Plan:
+    """The back end for these tensors. Raises ValueError for a name or a cap that means nothing."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
+    if max_slab_bytes is not None and max_slab_bytes < 1:
+        raise ValueError(f"max_slab_bytes must be 1 or more, not {max_slab_bytes}.")
+    chosen = "torch" if backend == "torch" else _triton_backend(backend, head, hidden_ND)
+    chunk: Chunk = lce_torch.chunk
+    if chosen == "chunked":
+        from tunesmith.kernels import lce_chunked
+
+        chunk = lce_chunked.chunk
+    elif chosen == "anchored":
+        from tunesmith.kernels import lce_anchored
+
+        chunk = lce_anchored.chunk
+    return Plan(chunk, chunk_rows(chosen, head, hidden_ND, max_slab_bytes), chosen)
+
+
+def _triton_backend(backend: str, head: Head, hidden_ND: torch.Tensor) -> str:
+    """The Triton back end that covers the call, else torch; what was asked for by name and is not had is said once."""
+    device = hidden_ND.device
+    if backend == "auto" and device.type == "cpu":
+        return "torch"
+    reason = why_not_triton(device)
+    if reason is None and hidden_ND.dtype == torch.float64:
+        reason = "it does not compute in float64"
+    if reason is not None:
+        if backend != "auto":
+            _say_once(backend, "torch", reason)
+        return "torch"
+    wanted = preferred(device) if backend in ("auto", "triton") else backend
+    reason = why_not_anchored(head, hidden_ND.dtype) if wanted == "anchored" else None
+    if reason is None:
+        return wanted
+    if backend == "anchored":
+        _say_once(backend, "chunked", reason)
+    return "chunked"
+
+
+def preferred(device: torch.device) -> str:
+    """The faster Triton back end by the roofline of docs/kernels.md; a timed pick on the device overrides it."""
+    return "anchored" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else "chunked"
+
+
+def why_not_anchored(head: Head, dtype: torch.dtype) -> str | None:
+    """What of a call the anchored back end does not cover, in words."""
+    if dtype == torch.float16:
+        return "float16 cannot hold exp(logit - label's logit)"
+    if head.terms.logit_softcap is not None and head.terms.label_smoothing:
+        return "label smoothing under a soft cap is not a sum over rows of the head"
+    return None
+
+
+def _say_once(asked: str, instead: str, reason: str) -> None:
+    if (asked, instead, reason) not in _said:
+        _said.add((asked, instead, reason))
+        warnings.warn(f"linear_cross_entropy: backend {instead} instead of {asked}: {reason}.", stacklevel=2)
+
+
+_said: set[tuple[str, str, str]] = set()
+
+
+def chunk_rows(backend: str, head: Head, hidden_ND: torch.Tensor, max_slab_bytes: int | None) -> int:
+    """Rows of one chunk, at least 1: as many as the slab allows, in equal parts, or on a GPU in whole waves.
+
+    Ranks that share a vocabulary get the same number, whatever their slices: they add up chunk by chunk.
+    """
+    num_rows, hidden_size = hidden_ND.shape
+    row_bytes = slab_row_bytes(backend, head, hidden_ND.dtype)
+    on_gpu = hidden_ND.device.type == "cuda"
+    default = CPU_SLAB_BYTES
+    if on_gpu:
+        default = GPU_SLAB_BYTES if head.grad_unembed is None else GPU_SLAB_BYTES_TRAINABLE
+    most = max(1, (max_slab_bytes or default) // row_bytes)
+    if num_rows <= most or row_bytes == 1:
+        return max(1, num_rows)
+    if on_gpu and most >= TILE_ROWS:
+        return wave_rows(most, hidden_size, num_multiprocessors(hidden_ND.device), head.grad_unembed is not None)
+    return -(-num_rows // -(-num_rows // most))
+
+
+def slab_row_bytes(backend: str, head: Head, dtype: torch.dtype) -> int:
+    """Bytes that one row of logits takes in a back end."""
+    columns = head.vocabulary.size // (1 if head.vocabulary.group is None else _num_ranks(head))
+    if backend != "torch":
+        return columns * (2 if dtype in (torch.bfloat16, torch.float16) else 4)
+    slabs = 1 + (head.terms.logit_softcap is not None and head.wants_gradient) + head.wants_stats
+    return columns * slabs * (8 if dtype == torch.float64 else 4)
+
+
+def _num_ranks(head: Head) -> int:
+    return torch.distributed.get_world_size(head.vocabulary.group)
+
+
+def wave_rows(most: int, hidden_size: int, num_sms: int, trainable: bool) -> int:
+    """The multiple of 128 rows up to `most` whose [rows, D] product leaves the fewest multiprocessors idle in its last
+    wave of tiles; of those within 2 %, the smallest, or with a trainable head the largest (kernels.md section 4.3).
+    """
+    columns = -(-hidden_size // TILE_COLUMNS)
+    filled = {}
+    for rows in range(TILE_ROWS, most + 1, TILE_ROWS):
+        tiles = rows // TILE_ROWS * columns
+        filled[rows] = tiles / (-(-tiles // num_sms) * num_sms)
+    good = [rows for rows, share in filled.items() if share >= max(filled.values()) - 0.02]
+    return max(good) if trainable else min(good)

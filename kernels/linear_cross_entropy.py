@@ -1,0 +1,288 @@
+"""Output head and cross-entropy in one operation, without ever holding the [T, V] logits.
+
+    z[t, v] = softcap(scale * (hidden[t] . unembed[v] + bias[v]))          softcap(x) = cap * tanh(x / cap)
+    nll[t]  = logsumexp_v z[t, v] - z[t, labels[t]]
+    loss[t] = weights[t] * (nll[t] + label_smoothing * (z[t, labels[t]] - mean_v z[t, v])
+                            + z_loss * (logsumexp_v z[t, v])^2)
+
+Rows without a label are dropped before the first product. The rest goes in chunks through one of three back ends, all
+with the formulas of lce_rows.py: `torch` (lce_torch.py), `chunked` (lce_chunked.py: cuBLAS and one Triton kernel a row)
+and `anchored` (lce_anchored.py: a Triton product that stores exp(logit - label's logit)). Gradients are computed in the
+forward, where the logits are; only reduction="none" with a trainable head computes them again in the backward, because
+the weight of each row in the head's gradient is not known before.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+
+from tunesmith.kernels.lce_backends import plan_for
+from tunesmith.kernels.lce_checks import check_labels, check_slice, check_tensors, check_terms
+from tunesmith.kernels.lce_head import Head, make_head
+from tunesmith.kernels.lce_rows import Rows, Slice, Terms
+
+IGNORE_INDEX = -100
+
+
+class TokenStats(NamedTuple):
+    """What the logits say about each token, [T]; 0 and False where the label is ignored. Without gradients."""
+
+    logprob_T: torch.Tensor  # log-probability of the label, float32, nats
+    entropy_T: torch.Tensor  # of the distribution over the vocabulary, float32, nats
+    correct_T: torch.Tensor  # bool: no logit is above the label's
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call computes with, besides tensors."""
+
+    terms: Terms
+    vocabulary: Slice
+    reduction: str
+    wants_stats: bool
+    backend: str
+    max_slab_bytes: int | None
+
+
+def linear_cross_entropy(
+    hidden_TD: torch.Tensor,
+    unembed_VD: torch.Tensor,
+    labels_T: torch.Tensor,
+    *,
+    bias_V: torch.Tensor | None = None,
+    weights_T: torch.Tensor | None = None,
+    rows_N: torch.Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "sum",
+    return_stats: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+    max_slab_bytes: int | None = None,
+    check: bool = False,
+) -> Any:
+    """The loss of each token, or their sum, by the formulas at the head of this file.
+
+    Args:
+        hidden_TD: last hidden states, [T, D], float32, bfloat16 or float16 (float64 with backend torch), contiguous.
+        unembed_VD: output embedding, [V, D], dtype of hidden_TD, contiguous.
+        labels_T: token ids of the whole vocabulary, or ignore_index, [T], int64.
+        bias_V: of the head, [V], dtype of hidden_TD.
+        weights_T: of each token in the loss, [T], float32; no gradient goes to it.
+        rows_N: the rows whose label counts, [N], int64, in any order, each once. Given (a collator knows them), no
+            GPU is waited for; left out, they are found by ignore_index.
+        reduction: "sum" -> one number, "none" -> [T]. Never a mean: what a sum is divided by spans batches and ranks.
+        return_stats: also return TokenStats.
+        group: ranks that each hold a slice of the vocabulary, with the same hidden_TD, labels_T and weights_T. Every
+            rank gets the whole loss and the whole gradient of hidden_TD.
+        vocab_start, vocab_size: which tokens unembed_VD holds, of how many; left out, every rank's slice is as long as
+            this one's.
+        backend: auto (triton on a GPU, else torch), triton (the faster of the two), anchored, chunked or torch. What a
+            Triton back end does not cover falls back, and says so once where it was asked for by name.
+        max_slab_bytes: most that the logits of one chunk may take; None: what is best for the device.
+        check: look for labels out of range on a GPU too, which waits for it; on the CPU they always are.
+
+    Returns: loss in nats, [] or [T], float32 (float64 for float64), 0 where ignored; or with return_stats
+        (loss, TokenStats).
+    Raises: ValueError when the arguments do not go together; RuntimeError when differentiated twice.
+    Source: the chunking is Hsu et al., 2024, arXiv:2410.10989; docs/kernels.md derives the rest.
+    """
+    terms = Terms(label_smoothing, z_loss, logit_softcap, logit_scale)
+    check_terms(terms, reduction)
+    check_tensors(hidden_TD, unembed_VD, labels_T, bias_V, weights_T, rows_N)
+    vocabulary = _slice(len(unembed_VD), group, vocab_start, vocab_size)
+    check_slice(vocabulary, len(unembed_VD))
+    if rows_N is None:
+        kept = labels_T != ignore_index
+        rows_N = None if labels_T.device.type == "cpu" and bool(kept.all()) else kept.nonzero()[:, 0]
+    labels_N = labels_T if rows_N is None else labels_T[rows_N]
+    if check or labels_T.device.type == "cpu":
+        check_labels(labels_N, len(labels_T), vocabulary, rows_N)
+    call = _Call(terms, vocabulary, reduction, return_stats, backend, max_slab_bytes)
+    loss, *stats = _LinearCrossEntropy.apply(hidden_TD, unembed_VD, bias_V, labels_N, weights_T, rows_N, call)
+    return (loss, TokenStats(*stats)) if return_stats else loss
+
+
+def _slice(
+    num_rows: int, group: torch.distributed.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
+) -> Slice:
+    if group is None:
+        return Slice(vocab_start or 0, num_rows if vocab_size is None else vocab_size)
+    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    start = rank * num_rows if vocab_start is None else vocab_start
+    return Slice(start, ranks * num_rows if vocab_size is None else vocab_size, group)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forward: losses, and where possible the gradients for an upstream gradient of 1. Backward: scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        unembed_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        labels_N: torch.Tensor,
+        weights_T: torch.Tensor | None,
+        rows_N: torch.Tensor | None,
+        call: _Call,
+    ) -> Any:
+        wants_hidden, wants_unembed, wants_bias = ctx.needs_input_grad[:3]
+        ctx.again = call.reduction == "none" and (wants_unembed or wants_bias)
+        hidden_ND = hidden_TD if rows_N is None else hidden_TD[rows_N]
+        weights_N = _weights(weights_T, rows_N, hidden_ND)
+        head = make_head(
+            unembed_VD,
+            bias_V,
+            call.terms,
+            call.vocabulary,
+            wants_hidden=wants_hidden and not ctx.again,
+            wants_unembed=wants_unembed and not ctx.again,
+            wants_bias=wants_bias and not ctx.again,
+            wants_stats=call.wants_stats,
+        )
+        found = _over_chunks(head, hidden_ND, labels_N, weights_N, call)
+        ctx.call, ctx.num_tokens = call, len(hidden_TD)
+        ctx.dtypes = hidden_TD.dtype, unembed_VD.dtype, None if bias_V is None else bias_V.dtype
+        kept = (hidden_TD, unembed_VD, bias_V, labels_N, weights_T) if ctx.again else (None,) * 5
+        ctx.save_for_backward(rows_N, found.grad_hidden, head.grad_unembed, head.grad_bias, *kept)
+        loss_N = found.loss * weights_N
+        loss = loss_N.sum() if call.reduction == "sum" else _spread(loss_N, rows_N, ctx.num_tokens)
+        if not call.wants_stats:
+            return (loss,)
+        stats = [_spread(s, rows_N, ctx.num_tokens) for s in (found.logprob, found.entropy, found.correct)]
+        ctx.mark_non_differentiable(*stats)
+        return (loss, *stats)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_cross_entropy has no second derivative: it was differentiated with create_graph=True."
+            )
+        rows_N, hidden_ND, grad_unembed, grad_bias, *kept = ctx.saved_tensors
+        if ctx.again:
+            return *_again(ctx, rows_N, grad_loss, *kept), None, None, None, None
+        grad = grad_loss
+        if ctx.call.reduction == "none":
+            grad = (grad_loss if rows_N is None else grad_loss[rows_N])[:, None]
+        hidden_dtype, unembed_dtype, bias_dtype = ctx.dtypes
+        return (
+            _scaled(hidden_ND, grad, hidden_dtype, rows_N, ctx.num_tokens),
+            _scaled(grad_unembed, grad_loss, unembed_dtype),
+            _scaled(grad_bias, grad_loss, bias_dtype),
+            *(None,) * 4,
+        )
+
+
+def _again(
+    ctx: Any,
+    rows_N: torch.Tensor | None,
+    grad_T: torch.Tensor,
+    hidden_TD: torch.Tensor,
+    unembed_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    labels_N: torch.Tensor,
+    weights_T: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients from the logits computed anew, now that each row's upstream gradient is known."""
+    wants_hidden, wants_unembed, wants_bias = ctx.needs_input_grad[:3]
+    hidden_ND, grad_N = (hidden_TD, grad_T) if rows_N is None else (hidden_TD[rows_N], grad_T[rows_N])
+    head = make_head(
+        unembed_VD,
+        bias_V,
+        ctx.call.terms,
+        ctx.call.vocabulary,
+        wants_hidden=wants_hidden,
+        wants_unembed=wants_unembed,
+        wants_bias=wants_bias,
+        wants_stats=False,
+    )
+    found = _over_chunks(head, hidden_ND, labels_N, _weights(weights_T, rows_N, hidden_ND) * grad_N, ctx.call)
+    hidden_dtype, unembed_dtype, bias_dtype = ctx.dtypes
+    return (
+        None if found.grad_hidden is None else _spread(found.grad_hidden, rows_N, ctx.num_tokens).to(hidden_dtype),
+        None if head.grad_unembed is None else head.grad_unembed.to(unembed_dtype),
+        None if head.grad_bias is None else head.grad_bias.to(bias_dtype),
+    )
+
+
+def _weights(weights_T: torch.Tensor | None, rows_N: torch.Tensor | None, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """Weights of the kept rows, [N], float32 or wider."""
+    wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    if weights_T is None:
+        return torch.ones(len(hidden_ND), dtype=wide, device=hidden_ND.device)
+    return (weights_T if rows_N is None else weights_T[rows_N]).to(wide)
+
+
+@dataclass
+class _Found:
+    """What all chunks came to, [N] each, and [N, D] in the dtype of the hidden states."""
+
+    loss: torch.Tensor
+    logprob: torch.Tensor | None
+    entropy: torch.Tensor | None
+    correct: torch.Tensor | None
+    grad_hidden: torch.Tensor | None
+
+
+def _over_chunks(
+    head: Head, hidden_ND: torch.Tensor, labels_N: torch.Tensor, coefficient_N: torch.Tensor, call: _Call
+) -> _Found:
+    """Runs the back end over all rows; the head's gradients add up in the head."""
+    plan = plan_for(call.backend, head, hidden_ND, call.max_slab_bytes)
+    grad_hidden = torch.empty_like(hidden_ND) if head.wants_hidden else None
+    done: list[Rows] = []
+    for start in range(0, len(hidden_ND), plan.rows):
+        part = slice(start, start + plan.rows)
+        rows = plan.chunk(head, hidden_ND[part], labels_N[part], coefficient_N[part])
+        if grad_hidden is not None and rows.grad_hidden is not None:
+            grad_hidden[part] = rows.grad_hidden
+            rows.grad_hidden = None
+        head.is_first = False
+        done.append(rows)
+    if head.is_first and head.grad_unembed is not None:
+        head.grad_unembed.zero_()  # no row at all
+    joined = _joined(done, coefficient_N)
+    return _Found(
+        loss=joined(lambda rows: rows.loss),
+        logprob=-joined(lambda rows: rows.nll) if head.wants_stats else None,
+        entropy=joined(lambda rows: rows.entropy) if head.wants_stats else None,
+        correct=joined(lambda rows: rows.correct).bool() if head.wants_stats else None,
+        grad_hidden=grad_hidden,
+    )
+
+
+def _joined(done: list[Rows], like_N: torch.Tensor) -> Callable[[Callable[[Rows], Any]], torch.Tensor]:
+    """joined(part) is that part of all chunks, [N]."""
+    return lambda part: torch.cat([part(rows) for rows in done]) if done else like_N.new_empty(0)
+
+
+def _spread(values_N: torch.Tensor | None, rows_N: torch.Tensor | None, num_tokens: int) -> Any:
+    """Values of the kept rows at their places among all, zeros between, [T, ...]."""
+    if values_N is None or rows_N is None:
+        return values_N
+    return values_N.new_zeros(num_tokens, *values_N.shape[1:]).index_copy_(0, rows_N, values_N)
+
+
+def _scaled(
+    gradient: torch.Tensor | None,
+    factor: torch.Tensor,
+    dtype: torch.dtype | None,
+    rows_N: torch.Tensor | None = None,
+    num_rows: int = 0,
+) -> torch.Tensor | None:
+    """gradient * factor, multiplied in float32 or wider, rounded once; spread over all rows if some were dropped."""
+    if gradient is None:
+        return None
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    torch.mul(gradient, factor.to(torch.promote_types(gradient.dtype, torch.float32)), out=scaled)
+    return _spread(scaled, rows_N, num_rows)
