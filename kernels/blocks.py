@@ -4,7 +4,7 @@ A table maps an architecture (90 Hopper, 80 any other GPU, 0 the interpreter) to
 default. `compile_report.py` cross-compiles every one of them, so that none that spills is shipped.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class Build:
     signature: dict[str, str]  # argument -> Triton type: "*bf16", "fp32", "i32", ... ; constexpr ones left out
     constants: dict[str, Any]  # constexpr argument -> value, without the block's sizes
     label: str  # what a reader of the report should see: the features that are on
-    expects: tuple[str, ...] = field(default=())  # instructions that must be in the machine code, such as HGMMA
+    aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16; pointers always are
+    expects: tuple[str, ...] = ()  # instructions that must be in the machine code, such as HGMMA
 
 
 def choose(kernel: str, table: Table, device: torch.device, shape: tuple[int, ...]) -> Block:

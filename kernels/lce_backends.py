@@ -79,6 +79,8 @@ def why_not_anchored(head: Head, dtype: torch.dtype) -> str | None:
         return "float16 cannot hold exp(logit - label's logit)"
     if head.terms.logit_softcap is not None and head.terms.label_smoothing:
         return "label smoothing under a soft cap is not a sum over rows of the head"
+    if head.grad_bias is not None:
+        return "it makes no gradient for a bias"
     return None
 
 

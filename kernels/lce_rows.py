@@ -7,8 +7,13 @@ Leaving the label out of the sum is what keeps rows exact that are nearly certai
 
     nll = log(1 + exp(o - a))        p = 1 / (1 + exp(o - a))        q = 1 - p = 1 / (1 + exp(a - o))
     loss = nll + smoothing * (a - mean of all logits) + z_loss * (a + nll)^2
-    dloss/dz[v] = c * exp(z[v] - a - nll) - smoothing / V,  c = 1 + 2 * z_loss * (a + nll),  for every v but the label
+    dloss/dz[v] = c * q * exp(z[v] - o) - smoothing / V,  c = 1 + 2 * z_loss * (a + nll),  for every v but the label
     dloss/dz[y] = -q + 2 * z_loss * (a + nll) * p + smoothing - smoothing / V
+
+    entropy = p * nll + q * log(1 + exp(a - o)) + q * entropy of the others,  none of which is below 0
+
+exp(z[v] - o) is the softmax of the others among themselves, and their entropy that of it: what is subtracted there is
+never larger than their own spread.
 """
 
 from dataclasses import dataclass
@@ -16,6 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 import torch.nn.functional as F
+
+NO_LOGIT = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -65,75 +72,82 @@ class LogitSums:
     """What one pass over the logits of this rank's slice finds, [C] each, in float32 or float64."""
 
     label: torch.Tensor  # logit of the label, a; 0 where another rank holds it
-    others: torch.Tensor  # logsumexp of all other logits; -inf where there is none
+    largest: torch.Tensor  # of all other logits; -inf where there is none
+    log_sum: torch.Tensor  # log of the others' sum of exp(z - largest), so that o = largest + log_sum; 0 without others
     total: torch.Tensor | None = None  # sum of all logits, for label smoothing
-    others_max: torch.Tensor | None = None  # largest of all others, for correct
-    others_mean: torch.Tensor | None = None  # mean of the others under their own softmax, for the entropy
+    others_entropy: torch.Tensor | None = None  # of the others' own softmax, nats
+
+
+@dataclass
+class Factors:
+    """What makes logits their gradient, [C] each, already times the row's coefficient."""
+
+    others: torch.Tensor  # coefficient * c * q, of the others' own softmax
+    label: torch.Tensor  # coefficient * (-q + 2 z_loss lse p + smoothing); without - smoothing / V
+    smoothing: torch.Tensor | None  # coefficient * smoothing / V
 
 
 @dataclass
 class Rows:
-    """What a chunk comes to. Vectors are [C]; those for the gradient are already times the row's coefficient."""
+    """What the rows of a chunk come to, [C] each."""
 
-    label: torch.Tensor  # a
     nll: torch.Tensor
     loss: torch.Tensor
-    others: torch.Tensor  # o
-    others_factor: torch.Tensor  # coefficient * c
-    label_factor: torch.Tensor  # coefficient * (-q + 2 z lse p + smoothing); without - smoothing / V
-    smoothing_factor: torch.Tensor | None  # coefficient * smoothing / V
     entropy: torch.Tensor | None = None
     correct: torch.Tensor | None = None
-    grad_hidden: torch.Tensor | None = None  # [C, D], float32 or wider, summed over the ranks
+    grad_hidden: torch.Tensor | None = None  # [C, D], times the coefficient and summed over the ranks
 
 
-def whole_rows(sums: LogitSums, coefficient_C: torch.Tensor, terms: Terms, vocabulary: Slice) -> Rows:
-    """The formulas above, from what every rank found in its slice."""
+def whole_rows(
+    sums: LogitSums, coefficient_C: torch.Tensor, terms: Terms, vocabulary: Slice
+) -> tuple[Rows, Factors, LogitSums]:
+    """The formulas above, from what every rank found in its slice; and the sums of the whole vocabulary."""
     sums = _over_ranks(sums, vocabulary)
-    margin = sums.others - sums.label
+    margin = (sums.largest - sums.label) + sums.log_sum  # in this order: the first difference is nearly exact
     nll = F.softplus(margin)
     q = torch.sigmoid(margin)
-    loss, factor = nll, torch.ones_like(nll)
-    label_factor = -q
+    loss, others, label = nll, q, -q
     if terms.z_loss:
         lse = sums.label + nll
         loss = loss + terms.z_loss * lse * lse
-        factor = 1 + 2 * terms.z_loss * lse
-        label_factor = label_factor + 2 * terms.z_loss * lse * torch.sigmoid(-margin)
-    smoothing_factor = None
+        others = q * (1 + 2 * terms.z_loss * lse)
+        label = label + 2 * terms.z_loss * lse * torch.sigmoid(-margin)
+    smoothing = None
     if terms.label_smoothing:
         assert sums.total is not None
         loss = loss + terms.label_smoothing * (sums.label - sums.total / vocabulary.size)
-        label_factor = label_factor + terms.label_smoothing
-        smoothing_factor = coefficient_C * (terms.label_smoothing / vocabulary.size)
-    rows = Rows(
-        label=sums.label,
-        nll=nll,
-        loss=loss,
-        others=sums.others,
-        others_factor=coefficient_C * factor,
-        label_factor=coefficient_C * label_factor,
-        smoothing_factor=smoothing_factor,
-    )
-    if sums.others_mean is not None and sums.others_max is not None:
-        rows.entropy = nll + q * torch.where(q > 0, sums.label - sums.others_mean, 0)
-        rows.correct = sums.others_max <= sums.label
-    return rows
+        label = label + terms.label_smoothing
+        smoothing = coefficient_C * (terms.label_smoothing / vocabulary.size)
+    rows = Rows(nll=nll, loss=loss)
+    if sums.others_entropy is not None:
+        # Of no others (margin -inf), softplus(-margin) is infinite and q is 0.
+        rows.entropy = nll * torch.sigmoid(-margin) + torch.where(
+            q > 0, q * (F.softplus(-margin) + sums.others_entropy), 0
+        )
+        rows.correct = sums.largest <= sums.label
+    return rows, Factors(coefficient_C * others, coefficient_C * label, smoothing), sums
 
 
 def _over_ranks(sums: LogitSums, vocabulary: Slice) -> LogitSums:
     """The sums over the whole vocabulary, from one all-reduce."""
     if vocabulary.group is None:
         return sums
-    parts = [sums.label, sums.others, sums.total, sums.others_max, sums.others_mean]
+    parts = [sums.label, sums.largest, sums.log_sum, sums.total, sums.others_entropy]
     stacked = torch.stack([part if part is not None else torch.zeros_like(sums.label) for part in parts])
-    label, others, total, largest, mean = vocabulary.side_by_side(stacked).unbind(0)
-    whole = torch.logsumexp(others, -1)
-    share = torch.exp(others - whole[:, None])
+    label, largest, log_sum, total, entropy = vocabulary.side_by_side(stacked).unbind(0)
+    top = largest.amax(-1)
+    shares = torch.where(largest > NO_LOGIT, torch.exp(largest - top[:, None] + log_sum), 0)  # of each slice
+    whole = shares.sum(-1)
     return LogitSums(
         label=label.sum(-1),
-        others=whole,
+        largest=top,
+        log_sum=torch.where(whole > 0, torch.log(whole), 0),
         total=None if sums.total is None else total.sum(-1),
-        others_max=None if sums.others_max is None else largest.amax(-1),
-        others_mean=None if sums.others_mean is None else torch.where(share > 0, share * mean, 0).sum(-1),
+        others_entropy=None if sums.others_entropy is None else _joined_entropy(shares, entropy),
     )
+
+
+def _joined_entropy(shares_CR: torch.Tensor, entropy_CR: torch.Tensor) -> torch.Tensor:
+    """Entropy of a distribution from the shares and entropies of its parts, [C]; 0 where every share is 0."""
+    shares_CR = shares_CR / shares_CR.sum(-1, keepdim=True).clamp(min=torch.finfo(shares_CR.dtype).tiny)
+    return (shares_CR * (entropy_CR - torch.where(shares_CR > 0, torch.log(shares_CR), 0))).sum(-1)

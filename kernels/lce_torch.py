@@ -8,23 +8,23 @@ import torch
 
 from tunesmith.kernels.device import add_mm_fp32, mm_fp32
 from tunesmith.kernels.lce_head import Head
-from tunesmith.kernels.lce_rows import LogitSums, Rows, whole_rows
-
-NO_LOGIT = float("-inf")
+from tunesmith.kernels.lce_rows import NO_LOGIT, Factors, LogitSums, Rows, whole_rows
 
 
 def chunk(head: Head, hidden_CD: torch.Tensor, labels_C: torch.Tensor, coefficient_C: torch.Tensor) -> Rows:
     """Loss of C rows; adds their share to the head's gradients, and fills rows.grad_hidden where it is wanted."""
+    hidden_CD = hidden_CD.to(head.unembed_VD.dtype)
     logits_CV, slope_CV = capped_logits(head, hidden_CD)
     own_C, ours_C = head.vocabulary.own(labels_C, logits_CV.shape[1])
     label_C = torch.where(ours_C, logits_CV.gather(1, own_C[:, None])[:, 0], 0)
     total_C = logits_CV.sum(1) if head.terms.label_smoothing else None
     _leave_out(logits_CV, own_C, ours_C)
-    exp_CV, largest_C, sums = _sums(head, logits_CV, label_C, total_C)
-    rows = whole_rows(sums, coefficient_C, head.terms, head.vocabulary)
+    exp_CV, sums = _sums(head, logits_CV, label_C, total_C)
+    rows, factors, whole = whole_rows(sums, coefficient_C, head.terms, head.vocabulary)
     if head.wants_gradient:
-        factor_C = rows.others_factor * torch.exp((largest_C - rows.label - rows.nll).clamp(max=0))
-        grad_CV = _grad_logits(exp_CV, factor_C, rows, own_C, ours_C)
+        share_C = torch.exp((sums.largest - whole.largest) - whole.log_sum)
+        factor_C = torch.where(sums.largest > NO_LOGIT, factors.others * share_C, 0)
+        grad_CV = _grad_logits(exp_CV, factor_C, factors, own_C, ours_C)
         if slope_CV is not None:
             grad_CV.mul_(slope_CV)
         if head.terms.logit_scale != 1:
@@ -56,30 +56,29 @@ def _leave_out(logits_CV: torch.Tensor, own_C: torch.Tensor, ours_C: torch.Tenso
 
 def _sums(
     head: Head, logits_CV: torch.Tensor, label_C: torch.Tensor, total_C: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, LogitSums]:
-    """exp(logit - largest), [C, V], in the memory of the logits unless statistics need both; largest, [C]; the sums."""
+) -> tuple[torch.Tensor, LogitSums]:
+    """exp(logit - largest), [C, V], in the memory of the logits unless statistics need both; and the sums."""
     found_C = logits_CV.amax(1)
     largest_C = torch.where(found_C > NO_LOGIT, found_C, 0)  # a vocabulary of one: there is no other logit
     logits_CV.sub_(largest_C[:, None])
     exp_CV = logits_CV.exp() if head.wants_stats else logits_CV.exp_()
     sum_C = exp_CV.sum(1)
-    sums = LogitSums(label=label_C, others=largest_C + torch.log(sum_C), total=total_C)
+    sums = LogitSums(label_C, found_C, torch.where(sum_C > 0, torch.log(sum_C), 0), total_C)
     if head.wants_stats:
         distance_C = logits_CV.masked_fill_(exp_CV == 0, 0).mul_(exp_CV).sum(1)
-        sums.others_max = found_C
-        sums.others_mean = largest_C + torch.where(sum_C > 0, distance_C / sum_C, 0)
-    return exp_CV, largest_C, sums
+        sums.others_entropy = sums.log_sum - torch.where(sum_C > 0, distance_C / sum_C, 0)
+    return exp_CV, sums
 
 
 def _grad_logits(
-    grad_CV: torch.Tensor, factor_C: torch.Tensor, rows: Rows, own_C: torch.Tensor, ours_C: torch.Tensor
+    grad_CV: torch.Tensor, factor_C: torch.Tensor, factors: Factors, own_C: torch.Tensor, ours_C: torch.Tensor
 ) -> torch.Tensor:
     """Turns exp(logit - largest) into the gradient of the capped logits, in place."""
     grad_CV.mul_(factor_C[:, None])
-    label_C = rows.label_factor
-    if rows.smoothing_factor is not None:
-        grad_CV.sub_(rows.smoothing_factor[:, None])
-        label_C = label_C - rows.smoothing_factor
+    label_C = factors.label
+    if factors.smoothing is not None:
+        grad_CV.sub_(factors.smoothing[:, None])
+        label_C = label_C - factors.smoothing
     kept_C = grad_CV.gather(1, own_C[:, None])[:, 0]
     return grad_CV.scatter_(1, own_C[:, None], torch.where(ours_C, label_C, kept_C)[:, None])
 

@@ -239,6 +239,8 @@ def _over_chunks(
 ) -> _Found:
     """Runs the back end over all rows; the head's gradients add up in the head."""
     plan = plan_for(call.backend, head, hidden_ND, call.max_slab_bytes)
+    if plan.backend == "torch" and hidden_ND.device.type == "cpu":
+        head.widen()
     grad_hidden = torch.empty_like(hidden_ND) if head.wants_hidden else None
     done: list[Rows] = []
     for start in range(0, len(hidden_ND), plan.rows):
@@ -249,8 +251,7 @@ def _over_chunks(
             rows.grad_hidden = None
         head.is_first = False
         done.append(rows)
-    if head.is_first and head.grad_unembed is not None:
-        head.grad_unembed.zero_()  # no row at all
+    head.finish()
     joined = _joined(done, coefficient_N)
     return _Found(
         loss=joined(lambda rows: rows.loss),

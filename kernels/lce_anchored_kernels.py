@@ -1,0 +1,285 @@
+"""Triton kernels of the target-anchored loss (lce_anchored.py says what they are for).
+
+C rows of a chunk, D hidden, V vocabulary of this rank's slice. The distance of a logit is d = z - a, from the label's
+logit. What is stored is E = exp(d - offset), with the offset OFFSET for every row but the few that lce_rescue_kernel
+does again.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from tunesmith.kernels.lce_row_math import LOG2E, capped, entropy_of, log1p, row_terms
+
+# E is a factor away from exp(z - a), which costs bfloat16 no precision: it has the exponents of float32. With 28 nats,
+# logits down to 59 nats below the label's have normal numbers, and labels of up to 69 nats need no second look.
+OFFSET = tl.constexpr(28.0)
+EXP_OFFSET = tl.constexpr(math.exp(28.0))
+LARGEST = tl.constexpr(60.0)  # log2 of E at most; a row whose sum reaches it is rescued
+RESCUE = tl.constexpr(2.0**60)
+LOWEST = tl.constexpr(-1.0e38)
+
+
+@triton.jit
+def lce_anchor_kernel(
+    x, w, bias, token_sum, own_C, label_C, total_C, D, scale, cap, bias_sum,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row: the logit of its label (0 where another rank holds it), and the sum of all its logits."""
+    i = tl.program_id(0).to(tl.int64)
+    own = tl.load(own_C + i)
+    lanes = tl.arange(0, BLOCK_D)
+    label = tl.zeros((BLOCK_D,), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        cols = start + lanes
+        h = tl.load(x + i * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+        label += h * tl.load(w + own * D + cols, mask=(cols < D) & (own >= 0), other=0.0).to(tl.float32)
+        if SMOOTHED:
+            total += h * tl.load(token_sum + cols, mask=cols < D, other=0.0)
+    a = tl.sum(label, 0)
+    if HAS_BIAS:
+        a += tl.load(bias + own, mask=own >= 0, other=0.0)
+    a *= scale
+    if HAS_CAP:
+        a, _ = capped(a, cap)
+    tl.store(label_C + i, tl.where(own >= 0, a, 0.0))
+    if SMOOTHED:
+        tl.store(total_C + i, (tl.sum(total, 0) + tl.load(bias_sum)) * scale)
+
+
+@triton.jit
+def _distances(
+    acc, rows, cols, bias, label_C, own_C, C, V, scale, cap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr
+):  # fmt: skip
+    """Distances of a tile of products, the slope of the cap, and which count: not the label, nothing outside."""
+    if HAS_BIAS:
+        acc += tl.load(bias + cols, mask=cols < V, other=0.0)[None, :]
+    z = acc * scale
+    slope = 1.0
+    if HAS_CAP:
+        z, slope = capped(z, cap)
+    a = tl.load(label_C + rows, mask=rows < C, other=0.0)
+    own = tl.load(own_C + rows, mask=rows < C, other=-1)
+    keep = (cols[None, :] < V) & (cols[None, :] != own[:, None])
+    return z - a[:, None], slope, keep
+
+
+@triton.jit
+def _finish_tile(
+    acc, rows, cols, tile, num_tiles, bias, label_C, own_C, partial, C, V, scale, cap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """E of a tile times the slope of the cap; partial[0..2, row, tile] = sums of E and E * (d - top), and top."""
+    d, slope, keep = _distances(acc, rows, cols, bias, label_C, own_C, C, V, scale, cap, HAS_BIAS, HAS_CAP)
+    e = tl.where(keep, tl.exp2(tl.minimum((d - OFFSET) * LOG2E, LARGEST)), 0.0)
+    place = partial + rows.to(tl.int64) * num_tiles + tile
+    tl.store(place, tl.sum(e, 1), mask=rows < C)
+    if STATS:
+        plane = C.to(tl.int64) * num_tiles
+        top = tl.max(tl.where(keep, d, LOWEST), 1)
+        tl.store(place + plane, tl.sum(e * tl.where(keep, d - top[:, None], 0.0), 1), mask=rows < C)
+        tl.store(place + 2 * plane, top, mask=rows < C)
+    return e * slope
+
+
+@triton.jit
+def lce_gemm_tma_kernel(
+    x, w, bias, label_C, own_C, e, partial, C, V, D, e_stride, scale, cap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, STATS: tl.constexpr, WIDEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """E = exp(d - OFFSET) of hidden [C, D] times unembed [V, D], persistent, loads and stores by the copy engine.
+
+    Tiles of one strip of the vocabulary follow each other, so that unembed is read from memory once.
+    """
+    C = C.to(tl.int32)
+    x_tiles = tl.make_tensor_descriptor(x, [C, D], [D, 1], [BLOCK_C, BLOCK_D])
+    w_tiles = tl.make_tensor_descriptor(w, [V, D], [D, 1], [BLOCK_V, BLOCK_D])
+    if STORE:
+        e_tiles = tl.make_tensor_descriptor(e, [C, e_stride], [e_stride, 1], [BLOCK_C, BLOCK_V])
+    tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles_C * tiles_V, PROGRAMS):
+        at_C, at_V = (tile % tiles_C) * BLOCK_C, (tile // tiles_C) * BLOCK_V
+        acc = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
+        for at_D in range(0, D, BLOCK_D):
+            a = x_tiles.load([at_C, at_D])
+            b = w_tiles.load([at_V, at_D])
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+        rows, cols = at_C + tl.arange(0, BLOCK_C), at_V + tl.arange(0, BLOCK_V)
+        powers = _finish_tile(
+            acc, rows, cols, tile // tiles_C, tiles_V, bias, label_C, own_C, partial, C, V, scale, cap,
+            HAS_BIAS, HAS_CAP, STATS,
+        )  # fmt: skip
+        if STORE:
+            e_tiles.store([at_C, at_V], powers.to(e.dtype.element_ty))
+
+
+@triton.jit
+def lce_gemm_kernel(
+    x, w, bias, label_C, own_C, e, partial, C, V, D, e_stride, scale, cap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, STATS: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The same with plain loads: for Ampere, and for rows that the copy engine cannot address."""
+    C = C.to(tl.int32)
+    tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), tl.cdiv(V, BLOCK_V)
+    tile = tl.program_id(0) // tiles_C
+    rows = (tl.program_id(0) % tiles_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    cols = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    lanes = tl.arange(0, BLOCK_D)
+    x_rows = x + rows.to(tl.int64)[:, None] * D
+    w_rows = w + cols.to(tl.int64)[:, None] * D
+    acc = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        at = start + lanes[None, :]
+        a = tl.load(x_rows + at, mask=(rows[:, None] < C) & (at < D), other=0.0)
+        b = tl.load(w_rows + at, mask=(cols[:, None] < V) & (at < D), other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    powers = _finish_tile(
+        acc, rows, cols, tile, tiles_V, bias, label_C, own_C, partial, C, V, scale, cap, HAS_BIAS, HAS_CAP, STATS
+    )
+    if STORE:
+        place = e + rows.to(tl.int64)[:, None] * e_stride + cols[None, :]
+        tl.store(place, powers.to(e.dtype.element_ty), mask=(rows[:, None] < C) & (cols[None, :] < e_stride))
+
+
+@triton.jit
+def lce_rescue_kernel(
+    x, w, bias, label_C, own_C, e, sums, offset_C, C, V, D, e_stride, scale, cap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, STATS: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row, done again with its own largest distance as the offset if its sum has reached RESCUE: a label more than
+    69 nats below another token. Slow, one program a row, and hardly ever more than a look at the sum.
+    """
+    i = tl.program_id(0)
+    row = tl.full((1,), 0, tl.int32) + i
+    offset = tl.full((1,), 0.0, tl.float32) + OFFSET
+    if tl.load(sums + i) >= RESCUE:
+        top = tl.full((1,), LOWEST, tl.float32)
+        for start in range(0, V, BLOCK_V):
+            cols = start + tl.arange(0, BLOCK_V)
+            z = _row_products(x, w, i, cols, V, D, BLOCK_V, BLOCK_D)
+            d, _, keep = _distances(z, row, cols, bias, label_C, own_C, C, V, scale, cap, HAS_BIAS, HAS_CAP)
+            top = tl.maximum(top, tl.max(tl.where(keep, d, LOWEST), 1))
+        total = tl.zeros((1,), tl.float32)
+        weighted = tl.zeros((1,), tl.float32)
+        for start in range(0, V, BLOCK_V):
+            cols = start + tl.arange(0, BLOCK_V)
+            z = _row_products(x, w, i, cols, V, D, BLOCK_V, BLOCK_D)
+            d, slope, keep = _distances(z, row, cols, bias, label_C, own_C, C, V, scale, cap, HAS_BIAS, HAS_CAP)
+            powers = tl.where(keep, tl.exp2(tl.where(keep, d - top[:, None], 0.0) * LOG2E), 0.0)
+            total += tl.sum(powers, 1)
+            weighted += tl.sum(powers * tl.where(keep, d - top[:, None], 0.0), 1)
+            if STORE:
+                place = e + i.to(tl.int64) * e_stride + cols[None, :]
+                tl.store(place, (powers * slope).to(e.dtype.element_ty), mask=cols[None, :] < V)
+        offset = top
+        tl.store(sums + row, total)
+        if STATS:
+            tl.store(sums + C + row, weighted)
+            tl.store(sums + 2 * C + row, top)
+    tl.store(offset_C + row, offset)
+
+
+@triton.jit
+def _row_products(x, w, i, cols, V, D, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """hidden[i] times some rows of unembed, [1, BLOCK_V]."""
+    z = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        at = start + tl.arange(0, BLOCK_D)
+        h = tl.load(x + i.to(tl.int64) * D + at, mask=at < D, other=0.0).to(tl.float32)
+        inside = (cols[:, None] < V) & (at[None, :] < D)
+        z += tl.sum(
+            tl.load(w + cols.to(tl.int64)[:, None] * D + at[None, :], mask=inside, other=0.0).to(tl.float32)
+            * h[None, :],
+            1,
+        )
+    return z[None, :]
+
+
+@triton.jit
+def _others_entropy(s, weighted, top):
+    """Entropy of the others from S, the sum of E * (d - largest), and the largest log of E, all in nats."""
+    some = s > 0
+    spread = tl.log(tl.where(some, s * tl.exp(tl.where(some, -top, 0.0)), 1.0))
+    return spread - weighted / tl.where(some, s, 1.0)
+
+
+@triton.jit
+def lce_terms_kernel(
+    label_C, total_C, sums, offset_C, coefficient_C, out, C, vocab_size,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, STATS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Loss and factors of rows whose vocabulary is whole: out[0..5] = nll, loss, e_factor, label_factor, entropy,
+    correct.
+
+    With X = exp(o - a) = S * exp(offset): nll = log(1 + X), q = X / (1 + X), and exp(z[v] - o) = E[v] / S.
+    """
+    i = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = i < C
+    s = tl.load(sums + i, mask=inside, other=0.0)
+    offset = tl.load(offset_C + i, mask=inside, other=0.0)
+    rescued = offset != OFFSET
+    X = s * EXP_OFFSET
+    # A rescued row has X beyond float32, and p below exp(-69): log(1 + X) is log(X).
+    nll = tl.where(rescued, offset + tl.log(tl.where(rescued & inside, s, 1.0)), log1p(X))
+    p = tl.where(rescued, 0.0, 1 / (1 + X))
+    q = tl.where(rescued, 1.0, X / (1 + X))
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    if SMOOTHING > 0:
+        mean = tl.load(total_C + i, mask=inside, other=0.0) / vocab_size
+    label = tl.load(label_C + i, mask=inside, other=0.0)
+    coefficient = tl.load(coefficient_C + i, mask=inside, other=0.0)
+    loss, others_factor, label_factor = row_terms(label, nll, p, q, mean, coefficient, SMOOTHING, Z_LOSS)
+    tl.store(out + i, nll, mask=inside)
+    tl.store(out + C + i, loss, mask=inside)
+    tl.store(out + 2 * C + i, others_factor / tl.where(s > 0, s, 1.0), mask=inside)
+    tl.store(out + 3 * C + i, label_factor, mask=inside)
+    if STATS:
+        largest = tl.load(sums + 2 * C + i, mask=inside, other=0.0)
+        others_entropy = _others_entropy(s, tl.load(sums + C + i, mask=inside, other=0.0), largest - offset)
+        tl.store(out + 4 * C + i, entropy_of(nll, p, q, others_entropy), mask=inside)
+        tl.store(out + 5 * C + i, tl.where(largest <= 0, 1.0, 0.0), mask=inside)
+
+
+@triton.jit
+def lce_hidden_kernel(
+    products, w, token_sum, own_C, label_C, e_factor_C, label_factor_C, smoothing_factor_C, grad, D, scale, cap,
+    HAS_CAP: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one hidden state from the row of E @ unembed, the label's row of unembed and the sum of all rows."""
+    i = tl.program_id(0).to(tl.int64)
+    own = tl.load(own_C + i)
+    e_factor, label_factor = tl.load(e_factor_C + i), tl.load(label_factor_C + i)
+    if HAS_CAP:
+        tanh = tl.load(label_C + i) / cap
+        label_factor *= 1 - tanh * tanh
+    for start in range(0, D, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        g = e_factor * tl.load(products + i * D + cols, mask=cols < D, other=0.0)
+        g += label_factor * tl.load(w + own * D + cols, mask=(cols < D) & (own >= 0), other=0.0).to(tl.float32)
+        if SMOOTHED:
+            g -= tl.load(smoothing_factor_C + i) * tl.load(token_sum + cols, mask=cols < D, other=0.0)
+        tl.store(grad + i * D + cols, (g * scale).to(grad.dtype.element_ty), mask=cols < D)
+
+
+@triton.jit
+def lce_label_kernel(
+    e, e_stride, own_C, label_C, e_factor_C, label_factor_C, C, cap, HAS_CAP: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Puts the label into E, so that E times e_factor is the whole gradient of the logits, for the head's gradient."""
+    i = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    own = tl.load(own_C + i, mask=i < C, other=-1)
+    e_factor = tl.load(e_factor_C + i, mask=i < C, other=1.0)
+    value = tl.load(label_factor_C + i, mask=i < C, other=0.0) / tl.where(e_factor == 0, 1.0, e_factor)
+    if HAS_CAP:
+        tanh = tl.load(label_C + i, mask=i < C, other=0.0) / cap
+        value *= 1 - tanh * tanh
+    tl.store(e + i.to(tl.int64) * e_stride + own, value.to(e.dtype.element_ty), mask=(i < C) & (own >= 0))
