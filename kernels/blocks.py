@@ -53,7 +53,13 @@ class Build:
 
 def choose(kernel: str, table: Table, device: torch.device, shape: tuple[int, ...]) -> Block:
     """The block for a kernel at a shape: the timed pick if there is one, else the first candidate."""
-    return _picked.get((kernel, shape)) or table[arch(device)][0]
+    candidates = table[arch(device)]
+    if asked is not None:
+        asked[kernel, shape] = candidates
+    return picked.get((kernel, shape)) or candidates[0]
 
 
-_picked: dict[tuple[str, tuple[int, ...]], Block] = {}
+# timed_pick.py fills these: which blocks were chosen by time, and while it looks, what is asked for.
+Key = tuple[str, tuple[int, ...]]
+picked: dict[Key, Block] = {}
+asked: dict[Key, list[Block]] | None = None

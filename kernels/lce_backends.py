@@ -59,7 +59,7 @@ def _triton_backend(backend: str, head: Head, hidden_ND: torch.Tensor) -> str:
         if backend != "auto":
             _say_once(backend, "torch", reason)
         return "torch"
-    wanted = preferred(device) if backend in ("auto", "triton") else backend
+    wanted = preferred(device, head.unembed_VD) if backend in ("auto", "triton") else backend
     reason = why_not_anchored(head, hidden_ND.dtype) if wanted == "anchored" else None
     if reason is None:
         return wanted
@@ -68,15 +68,23 @@ def _triton_backend(backend: str, head: Head, hidden_ND: torch.Tensor) -> str:
     return "chunked"
 
 
-def preferred(device: torch.device) -> str:
-    """The faster Triton back end by the roofline of docs/kernels.md; a timed pick on the device overrides it."""
+def preferred(device: torch.device, unembed_VD: torch.Tensor) -> str:
+    """The faster Triton back end by the roofline of docs/kernels.md, unless a timed pick says otherwise for a head."""
+    found = picked.get(tuple(unembed_VD.shape))
+    if found is not None:
+        return found
     return "anchored" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else "chunked"
+
+
+picked: dict[tuple[int, ...], str] = {}  # (V, D) -> back end: timed_pick.py fills it
 
 
 def why_not_anchored(head: Head, dtype: torch.dtype) -> str | None:
     """What of a call the anchored back end does not cover, in words."""
     if dtype == torch.float16:
         return "float16 cannot hold exp(logit - label's logit)"
+    if dtype == torch.float32 and head.unembed_VD.is_cuda:
+        return "its tiles are for 16 bits, and float32 products without tensor cores are best left to cuBLAS"
     if head.terms.logit_softcap is not None and head.terms.label_smoothing:
         return "label smoothing under a soft cap is not a sum over rows of the head"
     if head.grad_bias is not None:

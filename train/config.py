@@ -90,7 +90,7 @@ class Config:
     resume: str = "auto"  # auto: from output_dir's newest checkpoint, if any; never; or a run folder or checkpoint
     kernels: Kernels = (
         Kernels.auto
-    )  # loss and LoRA: triton; torch; auto: triton on a GPU, else torch; off: plain Hugging Face
+    )  # of loss and LoRA: triton, torch, auto (triton on a GPU, else torch), or off: none of ours
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig

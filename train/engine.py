@@ -1,7 +1,7 @@
 """The training engine. With the other engine_*.py files, the only place that knows DeepSpeed."""
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from tunesmith.kernels.cross_entropy import token_nll
-from tunesmith.train.config import AdapterKind, Config, Offload
+from tunesmith.train.config import AdapterKind, Config, Kernels, Offload
 from tunesmith.train.data.store import MicroBatch
 from tunesmith.train.distributed import World
 from tunesmith.train.engine_config import deepspeed_config, is_plain_fp32, raw_keys_explained
 from tunesmith.train.engine_deepspeed import deepspeed
 from tunesmith.train.engine_sharding import full_shape, gathered
 from tunesmith.train.errors import TrainingError
+from tunesmith.train.kernel_choice import choose_kernels
+from tunesmith.train.output_head import TargetRows, loss_in_head
 
 TAG = "engine"  # folder of DeepSpeed's files inside a checkpoint
 
@@ -27,28 +29,6 @@ class Update:
 
     grad_norm: float
     applied: bool
-
-
-class TargetRows:
-    """Lets the output head see only the rows whose label counts.
-
-    A pre-hook on the head, so that whatever the model does around it (scaling, soft-capping, an adapter on the head)
-    still happens, at the cost of the rows that are learned from.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.rows: torch.Tensor | None = None
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        if head is None:
-            raise TrainingError(
-                f"{type(model).__name__} has no output embeddings.", do="choose a causal language model."
-            )
-        head.register_forward_pre_hook(self._select)
-
-    def _select(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if self.rows is None:
-            return None
-        return (args[0].flatten(0, 1)[self.rows][None], *args[1:])
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -96,9 +76,14 @@ def leave_out_frozen_twins(model: nn.Module) -> None:
 
 
 class Engine:
-    """A model on all ranks: forward, backward, update, whole parameters, save and load."""
+    """A model on all ranks: forward, backward, update, whole parameters, save and load.
 
-    def __init__(self, model: nn.Module, config: Config, world: World, device: torch.device) -> None:
+    warn gets a sentence where a kernel cannot be used. Every rank makes its engine at the same time.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Config, world: World, device: torch.device, warn: Callable[[str], None]
+    ) -> None:
         self.device = device
         self.world = world
         self._config = config
@@ -116,6 +101,9 @@ class Engine:
                 dist_init_required=False,
             )
         self._plain_fp32 = is_plain_fp32(config.engine)
+        kernels = choose_kernels(config, device)
+        on = kernels is not Kernels.off
+        self._loss_in_head = loss_in_head(self.module, str(kernels), device, warn) if on else None
 
     @property
     def module(self) -> Any:
@@ -132,17 +120,36 @@ class Engine:
         """Logits of the rows whose label counts: [N, V], in the order of batch.target_rows."""
         self._target_rows.rows = batch.target_rows
         try:
-            outputs = self._engine(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=False
-            )
+            return self._forward(batch)[0][0]
         finally:
             self._target_rows.rows = None
-        return outputs[0][0]
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Weighted sum, not mean, of the negative log-likelihoods of the batch's targets; 0 when it has none."""
+        if self._loss_in_head is not None:
+            with self._loss_in_head.computing(batch):
+                return self._forward(batch)
         labels, weights = batch.targets()
         return (token_nll(self.target_logits(batch), labels) * weights).sum()
+
+    @torch.no_grad()
+    def loss_sum_and_num_correct(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """loss_sum() added up in float64, and how many targets no other token is likelier than."""
+        labels, weights = batch.targets()
+        if self._loss_in_head is not None:
+            with self._loss_in_head.computing(batch, return_stats=True) as found:
+                self._forward(batch)
+            assert found.stats is not None
+            logprobs = found.stats.logprob_T[batch.target_rows]
+            return -(logprobs * weights).double().sum(), found.stats.correct_T.sum()
+        logits = self.target_logits(batch)
+        nll = token_nll(logits, labels)
+        return (nll * weights).double().sum(), (logits.argmax(-1) == labels).sum()
+
+    def _forward(self, batch: MicroBatch) -> Any:
+        return self._engine(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=False
+        )
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a loss that is already this rank's share of the global loss.

@@ -54,6 +54,17 @@ def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator
         yield
 
 
+def read_by(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Under ZeRO 3, has other modules' parameters gathered while this one's forward and backward run, and let go after.
+
+    For a forward that reads them without calling the modules they belong to. Before the engine is made, or after.
+    """
+    from tunesmith.train.engine_deepspeed import deepspeed
+
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
 def is_split(parameter: nn.Parameter) -> bool:
     """True where ZeRO 3 holds the parameter in parts."""
     return hasattr(parameter, "ds_id")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tunesmith.kernels.cross_entropy import token_nll
 from tunesmith.train.data.store import TokenStore
 from tunesmith.train.distributed import World, sum_over_ranks
 
@@ -31,20 +30,18 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)  # weighted loss, weight, correct, targets
     for sequence_ids in rank_batches(store.num_sequences, batch_size, world):
         batch = store.micro_batch(sequence_ids, pad_token_id=pad_token_id).to(engine.device)
-        logits = engine.target_logits(batch)
-        labels, weights = batch.targets()
-        nll = token_nll(logits, labels)
-        sums[0] += (nll * weights).double().sum()
-        sums[1] += weights.double().sum()
-        sums[2] += (logits.argmax(-1) == labels).sum()
-        sums[3] += len(labels)
+        loss_sum, num_correct = engine.loss_sum_and_num_correct(batch)
+        sums[0] += loss_sum
+        sums[1] += batch.targets()[1].double().sum()
+        sums[2] += num_correct
+        sums[3] += batch.num_target_tokens
     engine.train()
-    loss_sum, weight, num_correct, num_targets = sum_over_ranks(sums).tolist()
-    loss = loss_sum / weight
+    total_loss, weight, total_correct, num_targets = sum_over_ranks(sums).tolist()
+    loss = total_loss / weight
     return {
         "eval/loss": loss,
         "eval/perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "eval/token_accuracy": num_correct / num_targets,
+        "eval/token_accuracy": total_correct / num_targets,
     }
 
 

@@ -14,19 +14,22 @@ from torch import nn
 from tunesmith.train import checkpoint, run_folder
 from tunesmith.train.adapter import transformer_blocks
 from tunesmith.train.checkpoint import Checkpoints
-from tunesmith.train.config import AdapterKind, Config, Packing
+from tunesmith.train.config import AdapterKind, Config, Kernels, Packing
 from tunesmith.train.data.order import GlobalOrder
 from tunesmith.train.data.prepare import PreparedData
 from tunesmith.train.distributed import World, broadcast_text
 from tunesmith.train.engine import Engine
 from tunesmith.train.engine_sharding import full_shape
 from tunesmith.train.isolation import check_packing
+from tunesmith.train.kernel_choice import choose_kernels
+from tunesmith.train.lora_layers import use_our_lora
 from tunesmith.train.metrics import Throughput, flops_per_token, peak_flops
 from tunesmith.train.model import load_model
 from tunesmith.train.reporter import Reporter
 from tunesmith.train.run_folder import best_folder
 from tunesmith.train.schedule import learning_rate_factor
 from tunesmith.train.state import RunState
+from tunesmith.train.timed_picks import use_timed_picks
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,13 @@ def set_up(
     size = model_size(model)
     _check_disk(config, size, run_dir, world, device)
     throughput = _throughput(model, size, config, data, world, device)
-    engine = Engine(model, config, world, device)
+    kernels = choose_kernels(config, device)
+    for left_to_peft in use_our_lora(model, kernels, sharded=config.engine.stage == 3):
+        reporter.warn(left_to_peft)
+    if kernels is Kernels.triton and device.type == "cuda":
+        reporter.phase("timing kernels on this GPU, or reading what was timed before")
+        use_timed_picks(model, config, world, device, reporter.warn)
+    engine = Engine(model, config, world, device, reporter.warn)
     check_packing(engine, config, evaluates=data.validation is not None)
     order = make_order(config, data)
     total_steps = config.schedule.max_steps or order.steps_for(config.schedule.epochs or 0)

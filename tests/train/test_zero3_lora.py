@@ -24,17 +24,14 @@ def held_bytes(module: Any) -> int:
 
 def residency(rank: Any, overrides: list[str]) -> dict[str, Any]:
     """On every rank: bytes of whole weights held before and after each of some steps and an evaluation."""
-    import torch
-
     from tunesmith.train.adapter import transformer_blocks
     from tunesmith.train.evaluate import evaluate
     from tunesmith.train.loop import Loop
 
     with rank.ready(overrides) as (run, _):
         module = run.engine.module
-        down = [m for name, m in module.named_modules() if name.endswith(("down_proj", "down_proj.base_layer"))]
         within: list[int] = []
-        for linear in (m for m in down if isinstance(m, torch.nn.Linear)):
+        for linear in (m for name, m in module.named_modules() if name.endswith(".down_proj")):
             linear.register_forward_pre_hook(lambda *_: within.append(held_bytes(module)))
         loop = Loop(run)
         run.engine.train()
@@ -62,6 +59,7 @@ def residency(rank: Any, overrides: list[str]) -> dict[str, Any]:
     ("adapter", "checkpointing"),
     [
         ("lora", "true"),
+        ("dora adapter.dropout=0.1", "true"),
         ("none", "true"),
         ("last_layers adapter.num_layers=1", "true"),
         pytest.param("lora", "false", marks=pytest.mark.slow),

@@ -1,0 +1,269 @@
+"""Faults planted in the kernels, one at a time, each of which a test must catch.
+
+    python tests/kernels/mutants.py        # plants all of them, a few seconds each; exit code 1 when one survives
+
+A fault is a line of a kernel with one mistake in it, of the kinds that kernels have had in the field: a mask left out,
+a scale dropped, a tile short, a cast removed. It is planted in a copy; the tests named with it must fail there, by
+failed assertions, and pass without it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LOSS = "test_linear_cross_entropy.py"
+SAME = "test_lce_invariances.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str  # in kernels/
+    right: str
+    wrong: str
+    tests: str  # file under tests/kernels
+    chosen: str  # pytest -k
+
+
+MUTANTS = [
+    Mutant(
+        "smoothing left out of the label",
+        "lce_row_math.py",
+        "* lse * p + SMOOTHING",
+        "* lse * p",
+        LOSS,
+        "float64 and chunked-smoothing-sum",
+    ),
+    Mutant(
+        "z-loss gradient halved",
+        "lce_row_math.py",
+        "factor = 1 + 2 * Z_LOSS * lse",
+        "factor = 1 + Z_LOSS * lse",
+        LOSS,
+        "float64 and anchored-z_loss-sum",
+    ),
+    Mutant(
+        "p and q exchanged",
+        "lce_row_math.py",
+        "small / (1 + small), 1 / (1 + small)",
+        "1 / (1 + small), small / (1 + small)",
+        LOSS,
+        "float64 and chunked-plain-sum",
+    ),
+    Mutant(
+        "log1p as log(1 + x)",
+        "lce_row_math.py",
+        "tl.where(u == 1, x, tl.log(u)",
+        "tl.where(u == 0, x, tl.log(u)",
+        LOSS,
+        "by_itself and anchored",
+    ),
+    Mutant("a coefficient of tanh", "lce_row_math.py", "(2 / 15 +", "(1 / 15 +", LOSS, "cap_on_small and anchored"),
+    Mutant(
+        "columns past the end are counted",
+        "lce_chunked.py",
+        "other = inside & (cols != own)",
+        "other = cols != own",
+        LOSS,
+        "float64 and chunked-plain-sum",
+    ),
+    Mutant(
+        "the label is not left out of the sum",
+        "lce_chunked.py",
+        "other = inside & (cols != own)",
+        "other = inside",
+        LOSS,
+        "float64 and chunked-plain-sum",
+    ),
+    Mutant(
+        "scale left out of the gradient",
+        "lce_chunked.py",
+        "smoothing_factor) * slope * scale",
+        "smoothing_factor) * slope",
+        LOSS,
+        "float64 and chunked-scale-sum",
+    ),
+    Mutant(
+        "the running sum is not rescaled",
+        "lce_chunked.py",
+        "exps = exps * shrink + e",
+        "exps = exps + e",
+        LOSS,
+        "float64 and chunked-plain-sum",
+    ),
+    Mutant(
+        "float32 cast removed",
+        "lce_chunked.py",
+        "other=0.0).to(tl.float32)\n    if HAS_BIAS",
+        "other=0.0)\n    if HAS_BIAS",
+        LOSS,
+        "under_the_interpreter and chunked",
+    ),
+    Mutant(
+        "a strip of the vocabulary short",
+        "lce_anchored_kernels.py",
+        "tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), tl.cdiv(V, BLOCK_V)\n    for",
+        "tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), V // BLOCK_V\n    for",
+        LOSS,
+        "float64 and anchored-plain-sum",
+    ),
+    Mutant(
+        "the last columns of hidden left out",
+        "lce_anchored_kernels.py",
+        "for at_D in range(0, D, BLOCK_D)",
+        "for at_D in range(0, D - BLOCK_D, BLOCK_D)",
+        LOSS,
+        "float64 and anchored-plain-sum",
+    ),
+    Mutant(
+        "the gradient is written past the row",
+        "lce_chunked.py",
+        "grad.to(row.dtype.element_ty), mask=cols < V)",
+        "grad.to(row.dtype.element_ty))",
+        LOSS,
+        "float64 and chunked-plain-sum",
+    ),
+    Mutant(
+        "the label counted twice",
+        "lce_anchored_kernels.py",
+        "keep = (cols[None, :] < V) & (cols[None, :] != own[:, None])",
+        "keep = cols[None, :] < V",
+        LOSS,
+        "float64 and anchored-plain-sum",
+    ),
+    Mutant(
+        "hopeless rows not rescued",
+        "lce_anchored_kernels.py",
+        "RESCUE = tl.constexpr(2.0**60)",
+        "RESCUE = tl.constexpr(2.0**120)",
+        LOSS,
+        "tiny_and_large and anchored and hopeless",
+    ),
+    Mutant(
+        "slope of the cap at the label",
+        "lce_anchored_kernels.py",
+        "        label_factor *= 1 - tanh * tanh\n",
+        "",
+        LOSS,
+        "float64 and anchored-cap-sum",
+    ),
+    Mutant(
+        "the label is not put into the head's gradient",
+        "lce_anchored_kernels.py",
+        "mask=(i < C) & (own >= 0))",
+        "mask=(i < 0) & (own >= 0))",
+        LOSS,
+        "float64 and anchored-plain-sum",
+    ),
+    Mutant(
+        "only the last chunk's head gradient",
+        "linear_cross_entropy.py",
+        "        head.is_first = False\n",
+        "",
+        LOSS,
+        "float64 and torch-plain-sum",
+    ),
+    Mutant(
+        "upstream gradient ignored",
+        "linear_cross_entropy.py",
+        "torch.mul(gradient, factor.to(",
+        "torch.mul(gradient, torch.ones_like(factor).to(",
+        LOSS,
+        "float64 and torch-plain-sum",
+    ),
+    Mutant(
+        "masked rows kept",
+        "linear_cross_entropy.py",
+        "kept = labels_T != ignore_index",
+        "kept = torch.ones_like(labels_T, dtype=torch.bool)",
+        LOSS,
+        "float64 and torch-plain-sum",
+    ),
+    Mutant(
+        "weights ignored",
+        "linear_cross_entropy.py",
+        "loss_N = found.loss * weights_N",
+        "loss_N = found.loss",
+        LOSS,
+        "float64 and torch-plain-sum",
+    ),
+    Mutant(
+        "the first rank's label only",
+        "lce_rows.py",
+        "label=label.sum(-1)",
+        "label=label[..., 0]",
+        SAME,
+        "split_over and torch-2",
+    ),
+    Mutant(
+        "an all-reduce left out",
+        "lce_rows.py",
+        "torch.distributed.all_reduce(values, group=self.group)",
+        "pass",
+        SAME,
+        "split_over and torch-2",
+    ),
+    Mutant(
+        "the largest of the others not taken out",
+        "lce_torch.py",
+        "logits_CV.sub_(largest_C[:, None])",
+        "logits_CV.sub_(0)",
+        LOSS,
+        "tiny_and_large and torch and hopeless",
+    ),
+]
+
+
+def run_tests(mutant: Mutant, planted: bool) -> int:
+    """pytest's exit code for the tests of a mutant, in a copy with or without it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("kernels", "tests/kernels"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "tests/conftest.py"):
+            shutil.copy(ROOT / name, copy / name)
+        (copy / "tunesmith").mkdir()
+        (copy / "tunesmith/kernels").symlink_to("../kernels")
+        if planted:
+            file = copy / "kernels" / mutant.file
+            text = file.read_text(encoding="utf-8")
+            assert text.count(mutant.right) >= 1, f"{mutant.name}: {mutant.file} has no {mutant.right!r} any more"
+            file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+        done = subprocess.run(
+            ["pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/kernels/{mutant.tests}", "-k", mutant.chosen],
+            cwd=copy, env=os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=250,
+        )  # fmt: skip
+        return done.returncode
+
+
+def caught(mutant: Mutant) -> bool:
+    """Whether the named tests fail with the fault (exit code 1: failed tests, not a broken file or none chosen)."""
+    return run_tests(mutant, planted=True) == 1
+
+
+def main() -> int:
+    num_caught = 0
+    with ThreadPoolExecutor(2) as pool:
+        sound = list(pool.map(lambda mutant: run_tests(mutant, planted=False) == 0, _one_for_each_choice()))
+        for mutant, found in zip(MUTANTS, pool.map(caught, MUTANTS), strict=True):
+            num_caught += found
+            sys.stdout.write(f"{'caught' if found else 'SURVIVED'}  {mutant.file}: {mutant.name}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"mutants: {num_caught}/{len(MUTANTS)} caught\n")
+    return int(num_caught < len(MUTANTS) or not all(sound))
+
+
+def _one_for_each_choice() -> list[Mutant]:
+    """Without a fault, the same tests must pass: one run for each different choice of tests."""
+    return list({(mutant.tests, mutant.chosen): mutant for mutant in MUTANTS}.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
