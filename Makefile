@@ -8,10 +8,10 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format docs bench clean
+.PHONY: help demo test test-slow test-gpu lint format docs bench kernels-check kernels-report clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,12 @@ docs: $(INSTALLED)  ## write docs/config.md from the schemas
 bench: $(INSTALLED)  ## tokens per second against transformers.Trainer and TRL, on the CPU
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python bench/cpu_throughput.py
+
+kernels-check: $(INSTALLED)  ## the proof of the kernels that needs no GPU, with its figures
+	$(BIN)/python bench/kernels_check.py
+
+kernels-report: $(INSTALLED)  ## cross-compile every kernel for A100 and H100, write docs/kernels_compiled.md
+	$(BIN)/python bench/kernels_report.py
 
 clean:  ## remove .venv, caches and build leftovers; runs/ stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

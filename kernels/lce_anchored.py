@@ -18,14 +18,13 @@ from typing import Any
 import torch
 import triton
 
-from tunesmith.kernels.blocks import Build, block, choose
+from tunesmith.kernels.blocks import Build, Table, block, choose
 from tunesmith.kernels.device import INTERPRETED, add_mm_fp32, arch, mm_fp32, num_multiprocessors
 from tunesmith.kernels.lce_anchored_kernels import (
     lce_anchor_kernel,
     lce_gemm_kernel,
     lce_gemm_tma_kernel,
     lce_hidden_kernel,
-    lce_label_kernel,
     lce_rescue_kernel,
     lce_terms_kernel,
 )
@@ -39,11 +38,12 @@ GEMM_BLOCKS = {
     0: [block(4, 1, BLOCK_C=16, BLOCK_V=64, BLOCK_D=32)],
 }
 # A soft cap and statistics need more registers in the epilogue than 256 columns leave.
-NARROW_BLOCKS = {
+CAPPED_BLOCKS = {
     90: [block(8, 4, BLOCK_C=128, BLOCK_V=128, BLOCK_D=64)],
     80: [block(8, 4, BLOCK_C=128, BLOCK_V=128, BLOCK_D=32)],
     0: [block(4, 1, BLOCK_C=16, BLOCK_V=32, BLOCK_D=32)],
 }
+STATS_BLOCKS = CAPPED_BLOCKS | {80: [block(8, 4, BLOCK_C=64, BLOCK_V=128, BLOCK_D=32)]}
 ROW_BLOCK_D = 1024
 ROWS_A_PROGRAM = 64
 RESCUE_BLOCK_V, RESCUE_BLOCK_D = 64, 64
@@ -93,8 +93,7 @@ def _powers(
     (C, D), V = hidden_CD.shape, len(head.unembed_VD)
     slab = head.slab(C, SLAB_ALIGNMENT) if head.wants_gradient else None
     by_copy_engine = copy_engine_fits(hidden_CD, head.unembed_VD)
-    narrow = head.wants_stats or head.terms.logit_softcap is not None
-    name, table = ("lce_gemm_narrow", NARROW_BLOCKS) if narrow else ("lce_gemm", GEMM_BLOCKS)
+    name, table = _table(head.wants_stats, head.terms.logit_softcap is not None)
     sizes = choose(name, table, hidden_CD.device, (D, V))
     tiles_V = triton.cdiv(V, sizes["BLOCK_V"])
     num_sums = 3 if head.wants_stats else 1
@@ -126,6 +125,13 @@ def _powers(
         BLOCK_V=RESCUE_BLOCK_V, BLOCK_D=RESCUE_BLOCK_D, num_warps=4,
     )  # fmt: skip
     return (None if slab is None else slab[:, :V]), sums, offset_C
+
+
+def _table(stats: bool, capped: bool) -> tuple[str, Table]:
+    """Name and blocks of the product for what its epilogue has to do."""
+    if stats:
+        return "lce_gemm_stats", STATS_BLOCKS
+    return ("lce_gemm_capped", CAPPED_BLOCKS) if capped else ("lce_gemm", GEMM_BLOCKS)
 
 
 def copy_engine_fits(hidden_CD: torch.Tensor, unembed_VD: torch.Tensor) -> bool:
@@ -210,15 +216,26 @@ def _use(
         )  # fmt: skip
         rows.grad_hidden = head.vocabulary.sum(grad_CD)
     if head.grad_unembed is not None:
-        lce_label_kernel[(triton.cdiv(C, ROWS_A_PROGRAM),)](
-            e_CV, e_CV.stride(0), own_C, label_C, e_factor_C, factors.label, C, cap, HAS_CAP=has_cap,
-            BLOCK_C=ROWS_A_PROGRAM, num_warps=2,
-        )  # fmt: skip
         scaled_CD = torch.empty_like(hidden_CD)
         torch.mul(hidden_CD, (e_factor_C * head.terms.logit_scale)[:, None], out=scaled_CD)
         add_mm_fp32(head.grad_unembed, e_CV.t(), scaled_CD, start=head.is_first)
+        _add_labels(head, factors, hidden_CD, own_C, label_C)
         if smoothing_C is not None:
             head.take_from_every_token(mm_fp32(smoothing_C[None], hidden_CD.float())[0] * head.terms.logit_scale)
+
+
+def _add_labels(
+    head: Head, factors: Factors, hidden_CD: torch.Tensor, own_C: torch.Tensor, label_C: torch.Tensor
+) -> None:
+    """The labels' own share of the head's gradient, in float32: through the product it would be rounded to 16 bits
+    twice, and it is the largest share (1.9 times the error of a rounded exact gradient, against 1.1).
+    """
+    assert head.grad_unembed is not None
+    factor_C = torch.where(own_C >= 0, factors.label, 0) * head.terms.logit_scale
+    if head.terms.logit_softcap is not None:
+        factor_C = factor_C * (1 - (label_C / head.terms.logit_softcap).square())
+    # Sorted on a GPU before they are added up, not by atomics as index_add_ does: bitwise the same each time.
+    head.grad_unembed.index_put_((own_C.clamp(min=0),), hidden_CD * factor_C[:, None], accumulate=True)
 
 
 def builds() -> list[Build]:
@@ -226,7 +243,7 @@ def builds() -> list[Build]:
     found = []
     for target in (80, 90):
         kernel, matrix, extra = (
-            (lce_gemm_tma_kernel, ("HGMMA", "UTMALDG"), {"PROGRAMS": 132})
+            (lce_gemm_tma_kernel, ("HGMMA", "UTMALDG"), {"PROGRAMS": 132, "SPECIALIZE": False})
             if target == 90
             else (lce_gemm_kernel, ("HMMA", "LDGSTS"), {})
         )
@@ -234,7 +251,7 @@ def builds() -> list[Build]:
             constants = flags | {"WIDEN": False} | extra
             found += [
                 Build(kernel, sizes, target, GEMM_TYPES, constants, label, aligned=("D", "e_stride"), expects=matrix)
-                for sizes in (NARROW_BLOCKS if flags["STATS"] or flags["HAS_CAP"] else GEMM_BLOCKS)[target]
+                for sizes in _table(flags["STATS"], flags["HAS_CAP"])[1][target]
             ]
         found += _row_builds(target)
     return found
@@ -273,6 +290,5 @@ def _row_builds(target: int) -> list[Build]:
         (lce_rescue_kernel, block(4, 2, BLOCK_V=RESCUE_BLOCK_V, BLOCK_D=RESCUE_BLOCK_D)),
         (lce_terms_kernel, block(2, 2, BLOCK_C=ROWS_A_PROGRAM)),
         (lce_hidden_kernel, block(4, 2, BLOCK_D=ROW_BLOCK_D)),
-        (lce_label_kernel, block(2, 2, BLOCK_C=ROWS_A_PROGRAM)),
     )
     return [Build(kernel, sizes, target, types, options, "all options") for kernel, sizes in shapes]

@@ -89,10 +89,13 @@ def lce_gemm_tma_kernel(
     x, w, bias, label_C, own_C, e, partial, C, V, D, e_stride, scale, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, STATS: tl.constexpr, WIDEN: tl.constexpr,
     PROGRAMS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPECIALIZE: tl.constexpr = False,
 ):  # fmt: skip
     """E = exp(d - OFFSET) of hidden [C, D] times unembed [V, D], persistent, loads and stores by the copy engine.
 
-    Tiles of one strip of the vocabulary follow each other, so that unembed is read from memory once.
+    Tiles of one strip of the vocabulary follow each other, so that unembed is read from memory once. SPECIALIZE gives
+    loads and products to different warps (with num_warps=4); bench/gpu_probe.py times it, and no table ships it:
+    https://github.com/triton-lang/triton/issues/8311 gave wrong results.
     """
     C = C.to(tl.int32)
     x_tiles = tl.make_tensor_descriptor(x, [C, D], [D, 1], [BLOCK_C, BLOCK_D])
@@ -100,7 +103,7 @@ def lce_gemm_tma_kernel(
     if STORE:
         e_tiles = tl.make_tensor_descriptor(e, [C, e_stride], [e_stride, 1], [BLOCK_C, BLOCK_V])
     tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(tl.program_id(0), tiles_C * tiles_V, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles_C * tiles_V, PROGRAMS, warp_specialize=SPECIALIZE):
         at_C, at_V = (tile % tiles_C) * BLOCK_C, (tile // tiles_C) * BLOCK_V
         acc = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
         for at_D in range(0, D, BLOCK_D):
@@ -268,18 +271,3 @@ def lce_hidden_kernel(
         if SMOOTHED:
             g -= tl.load(smoothing_factor_C + i) * tl.load(token_sum + cols, mask=cols < D, other=0.0)
         tl.store(grad + i * D + cols, (g * scale).to(grad.dtype.element_ty), mask=cols < D)
-
-
-@triton.jit
-def lce_label_kernel(
-    e, e_stride, own_C, label_C, e_factor_C, label_factor_C, C, cap, HAS_CAP: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
-    """Puts the label into E, so that E times e_factor is the whole gradient of the logits, for the head's gradient."""
-    i = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    own = tl.load(own_C + i, mask=i < C, other=-1)
-    e_factor = tl.load(e_factor_C + i, mask=i < C, other=1.0)
-    value = tl.load(label_factor_C + i, mask=i < C, other=0.0) / tl.where(e_factor == 0, 1.0, e_factor)
-    if HAS_CAP:
-        tanh = tl.load(label_C + i, mask=i < C, other=0.0) / cap
-        value *= 1 - tanh * tanh
-    tl.store(e + i.to(tl.int64) * e_stride + own, value.to(e.dtype.element_ty), mask=(i < C) & (own >= 0))

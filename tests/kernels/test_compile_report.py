@@ -1,0 +1,44 @@
+"""Every shipped kernel configuration, compiled for A100 and H100: no spill, all of it fits, wgmma where it is meant."""
+
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+
+from tunesmith.kernels.blocks import Build, block
+from tunesmith.kernels.compile_report import MODULES, report, table
+
+
+def builds(module: str, arch: int) -> list[Build]:
+    return [build for build in import_module(f"tunesmith.kernels.{module}").builds() if build.arch == arch]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("module", MODULES)
+def test_no_configuration_spills_or_outgrows_its_gpu(module, arch, record_property):
+    reports = [report(build) for build in builds(module, arch)]
+    record_property("configs", len(reports))
+    record_property("spills", sum(found.spills for found in reports))
+    assert reports
+    assert {f"{found.kernel} {found.sizes} {found.label}": found.faults for found in reports if found.faults} == {}
+
+
+def test_the_hopper_product_is_fed_by_the_copy_engine_into_wgmma():
+    products = [build for build in builds("lce_anchored", 90) if "gemm" in build.kernel.fn.__name__]
+    assert products
+    assert all({"HGMMA", "UTMALDG"} <= set(build.expects) for build in products)
+
+
+def test_a_spill_and_a_missing_instruction_are_seen():
+    build = next(build for build in builds("lce_chunked", 80) if build.label == "plain")
+    swollen = replace(build, block=block(4, 2, BLOCK_V=16384), expects=("HGMMA",))
+    found = report(swollen)
+    assert found.spills > 0
+    assert found.faults == (f"{found.spills} spills", "no HGMMA")
+    assert f"| {found.spills} |" in table([found])
+
+
+def test_too_much_shared_memory_is_seen():
+    build = next(build for build in builds("lce_anchored", 80) if build.label == "train")
+    found = report(replace(build, block=block(8, 8, BLOCK_C=128, BLOCK_V=256, BLOCK_D=32)))
+    assert found.faults == (f"{found.shared} bytes of shared memory, 166912 at most",)
