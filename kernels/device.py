@@ -1,6 +1,7 @@
 """Where Triton kernels can run, and matrix products that add up in float32 whatever their operands are."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -33,6 +34,11 @@ def arch(device: torch.device) -> int:
 def num_multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 2 under the interpreter, so that persistent loops go round."""
     return 2 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, products are of the dtypes they are given: autocast would round float32 ones to 16 bits."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def mm_fp32(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:

@@ -52,8 +52,7 @@ NLL, LOSS, E_FACTOR, LABEL_FACTOR, ENTROPY, CORRECT = range(6)  # rows of what l
 
 def chunk(head: Head, hidden_CD: torch.Tensor, labels_C: torch.Tensor, coefficient_C: torch.Tensor) -> Rows:
     """Loss of C rows; adds their share to the head's gradients, and fills rows.grad_hidden where it is wanted."""
-    own_C, ours_C = head.vocabulary.own(labels_C, len(head.unembed_VD))
-    own_C = torch.where(ours_C, own_C, -1)
+    own_C = head.vocabulary.own(labels_C, len(head.unembed_VD))
     label_C, total_C = _anchors(head, hidden_CD, own_C)
     mine_C = label_C.clone() if head.vocabulary.group is not None else label_C
     head.vocabulary.sum(label_C)

@@ -78,8 +78,8 @@ def _finish_tile(
     tl.store(place, tl.sum(e, 1), mask=rows < C)
     if STATS:
         plane = C.to(tl.int64) * num_tiles
-        top = tl.max(tl.where(keep, d, LOWEST), 1)
-        tl.store(place + plane, tl.sum(e * tl.where(keep, d - top[:, None], 0.0), 1), mask=rows < C)
+        top = tl.maximum(tl.max(tl.where(keep, d, LOWEST), 1), LOWEST)
+        tl.store(place + plane, tl.sum(e * tl.where(e > 0, d - top[:, None], 0.0), 1), mask=rows < C)
         tl.store(place + 2 * plane, top, mask=rows < C)
     return e * slope
 
@@ -179,7 +179,7 @@ def lce_rescue_kernel(
             d, slope, keep = _distances(z, row, cols, bias, label_C, own_C, C, V, scale, cap, HAS_BIAS, HAS_CAP)
             powers = tl.where(keep, tl.exp2(tl.where(keep, d - top[:, None], 0.0) * LOG2E), 0.0)
             total += tl.sum(powers, 1)
-            weighted += tl.sum(powers * tl.where(keep, d - top[:, None], 0.0), 1)
+            weighted += tl.sum(powers * tl.where(powers > 0, d - top[:, None], 0.0), 1)
             if STORE:
                 place = e + i.to(tl.int64) * e_stride + cols[None, :]
                 tl.store(place, (powers * slope).to(e.dtype.element_ty), mask=cols[None, :] < V)

@@ -16,9 +16,14 @@ def check_tensors(
     rows_N: torch.Tensor | None,
 ) -> None:
     """Raises ValueError when shapes, dtypes, devices or layouts do not go together."""
+    for name, tensor in (("hidden_TD", hidden_TD), ("unembed_VD", unembed_VD), ("bias_V", bias_V)):
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(f"{name} is a DTensor: pass {name}.full_tensor(), gathered once for all chunks.")
     if unembed_VD.ndim != 2:
         flat = " A flat shard of a sharded parameter? Gather the whole weight first." if unembed_VD.ndim == 1 else ""
         raise ValueError(f"unembed_VD must be [V, D], not {tuple(unembed_VD.shape)}.{flat}")
+    if labels_T.ndim != 1:
+        raise ValueError(f"labels_T must be [T], not {tuple(labels_T.shape)}: flatten it.")
     num_tokens, hidden_size = len(labels_T), unembed_VD.shape[1]
     if hidden_TD.ndim != 2 or hidden_TD.shape != (num_tokens, hidden_size):
         raise ValueError(
@@ -41,7 +46,8 @@ def check_tensors(
         if shape is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}.")
         if tensor.dtype not in dtypes:
-            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}.")
+            like = ", the dtype of hidden_TD" if dtypes == (hidden_TD.dtype,) else ""
+            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}{like}, not {tensor.dtype}.")
         if tensor.device != hidden_TD.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden_TD on {hidden_TD.device}.")
     for name, tensor in (("hidden_TD", hidden_TD), ("unembed_VD", unembed_VD)):
@@ -80,16 +86,27 @@ def check_slice(vocabulary: Slice, num_rows: int) -> None:
         )
 
 
-def check_labels(labels_N: torch.Tensor, num_tokens: int, vocabulary: Slice, rows_N: torch.Tensor | None) -> None:
-    """Raises ValueError for a label or row outside its range. Reads the tensors: on a GPU this waits for it."""
+def check_rows(rows_N: torch.Tensor, num_tokens: int) -> None:
+    """Raises ValueError for a row outside its range, or named twice. Reads the tensor: on a GPU this waits for it."""
+    if len(rows_N) == 0:
+        return
+    low, high = int(rows_N.min()), int(rows_N.max())
+    if low < 0 or high >= num_tokens:
+        raise ValueError(f"rows_N holds {low if low < 0 else high}, outside 0 to {num_tokens - 1}.")
+    if len(torch.unique(rows_N)) != len(rows_N):
+        raise ValueError("rows_N names a row twice.")
+
+
+def check_labels(labels_N: torch.Tensor, vocabulary: Slice, ignore_index: int) -> None:
+    """Raises ValueError for a label outside the vocabulary. Reads the tensor: on a GPU this waits for it."""
     if len(labels_N) == 0:
         return
     low, high = int(labels_N.min()), int(labels_N.max())
-    if low < 0 or high >= vocabulary.size:
-        raise ValueError(
-            f"labels_T holds {low if low < 0 else high}, outside 0 to {vocabulary.size - 1} and not ignore_index."
-        )
-    if rows_N is not None and (int(rows_N.min()) < 0 or int(rows_N.max()) >= num_tokens):
-        raise ValueError(f"rows_N holds a row outside 0 to {num_tokens - 1}.")
-    if rows_N is not None and len(torch.unique(rows_N)) != len(rows_N):
-        raise ValueError("rows_N names a row twice.")
+    if low >= 0 and high < vocabulary.size:
+        return
+    wrong = low if low < 0 else high
+    if wrong == ignore_index:
+        raise ValueError(f"rows_N names a row whose label is ignore_index={ignore_index}: leave such rows out of it.")
+    raise ValueError(
+        f"labels_T holds {wrong}, outside 0 to {vocabulary.size - 1} and not ignore_index={ignore_index}."
+    )

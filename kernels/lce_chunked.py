@@ -67,7 +67,7 @@ def _sums(
         shrink = tl.exp2((largest - higher) * LOG2E)
         e = tl.where(other, tl.exp2((z - higher) * LOG2E), 0.0)
         if STATS:
-            weighted = (weighted + exps * (largest - higher)) * shrink + e * tl.where(other, z - higher, 0.0)
+            weighted = (weighted + exps * (largest - higher)) * shrink + e * tl.where(e > 0, z - higher, 0.0)
         exps = exps * shrink + e
         largest = higher
     top = tl.max(largest, 0)
@@ -152,8 +152,7 @@ def chunk(head: Head, hidden_CD: torch.Tensor, labels_C: torch.Tensor, coefficie
     C, V = len(hidden_CD), len(head.unembed_VD)
     slab_CV = head.slab(C, ROW_ALIGNMENT)[:, :V]
     torch.mm(hidden_CD, head.unembed_VD.t(), out=slab_CV)
-    own_C, ours_C = head.vocabulary.own(labels_C, V)
-    own_C = torch.where(ours_C, own_C, -1)
+    own_C = head.vocabulary.own(labels_C, V)
     whole = head.vocabulary.group is None
     out = torch.empty(9, C, dtype=torch.float32, device=hidden_CD.device)
     terms = head.terms

@@ -43,13 +43,12 @@ class Slice:
     size: int
     group: torch.distributed.ProcessGroup | None = None
 
-    def own(self, labels_C: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels as rows of this rank's unembed, [C] int64, 0 where another rank holds it; and where it is ours."""
+    def own(self, labels_C: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Labels as rows of this rank's unembed, [C] int64; -1 where another rank holds it."""
         if self.group is None:
-            return labels_C, torch.ones_like(labels_C, dtype=torch.bool)
+            return labels_C
         local_C = labels_C - self.start
-        ours_C = (local_C >= 0) & (local_C < num_rows)
-        return torch.where(ours_C, local_C, 0), ours_C
+        return torch.where((local_C >= 0) & (local_C < num_rows), local_C, -1)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place."""
@@ -104,6 +103,7 @@ def whole_rows(
     """The formulas above, from what every rank found in its slice; and the sums of the whole vocabulary."""
     sums = _over_ranks(sums, vocabulary)
     margin = (sums.largest - sums.label) + sums.log_sum  # in this order: the first difference is nearly exact
+    margin = torch.where(sums.label < float("inf"), margin, float("nan"))  # overflowed, not certain
     nll = F.softplus(margin)
     q = torch.sigmoid(margin)
     loss, others, label = nll, q, -q

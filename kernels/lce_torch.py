@@ -15,7 +15,8 @@ def chunk(head: Head, hidden_CD: torch.Tensor, labels_C: torch.Tensor, coefficie
     """Loss of C rows; adds their share to the head's gradients, and fills rows.grad_hidden where it is wanted."""
     hidden_CD = hidden_CD.to(head.unembed_VD.dtype)
     logits_CV, slope_CV = capped_logits(head, hidden_CD)
-    own_C, ours_C = head.vocabulary.own(labels_C, logits_CV.shape[1])
+    own_C = head.vocabulary.own(labels_C, logits_CV.shape[1])
+    ours_C, own_C = own_C >= 0, own_C.clamp(min=0)
     label_C = torch.where(ours_C, logits_CV.gather(1, own_C[:, None])[:, 0], 0)
     total_C = logits_CV.sum(1) if head.terms.label_smoothing else None
     _leave_out(logits_CV, own_C, ours_C)

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 
+from tunesmith.kernels.device import without_autocast
 from tunesmith.kernels.lce_backends import plan_for
-from tunesmith.kernels.lce_checks import check_labels, check_slice, check_tensors, check_terms
+from tunesmith.kernels.lce_checks import check_labels, check_rows, check_slice, check_tensors, check_terms
 from tunesmith.kernels.lce_head import Head, make_head
 from tunesmith.kernels.lce_rows import Rows, Slice, Terms
 
@@ -43,6 +44,7 @@ class _Call:
     vocabulary: Slice
     reduction: str
     wants_stats: bool
+    wants_gradient: bool  # autograd tells a forward what needs a gradient, but not that it is under no_grad
     backend: str
     max_slab_bytes: int | None
 
@@ -100,14 +102,18 @@ def linear_cross_entropy(
     check_tensors(hidden_TD, unembed_VD, labels_T, bias_V, weights_T, rows_N)
     vocabulary = _slice(len(unembed_VD), group, vocab_start, vocab_size)
     check_slice(vocabulary, len(unembed_VD))
+    is_checked = check or labels_T.device.type == "cpu"
     if rows_N is None:
         kept = labels_T != ignore_index
         rows_N = None if labels_T.device.type == "cpu" and bool(kept.all()) else kept.nonzero()[:, 0]
+    elif is_checked:
+        check_rows(rows_N, len(labels_T))
     labels_N = labels_T if rows_N is None else labels_T[rows_N]
-    if check or labels_T.device.type == "cpu":
-        check_labels(labels_N, len(labels_T), vocabulary, rows_N)
-    call = _Call(terms, vocabulary, reduction, return_stats, backend, max_slab_bytes)
-    loss, *stats = _LinearCrossEntropy.apply(hidden_TD, unembed_VD, bias_V, labels_N, weights_T, rows_N, call)
+    if is_checked:
+        check_labels(labels_N, vocabulary, ignore_index)
+    call = _Call(terms, vocabulary, reduction, return_stats, torch.is_grad_enabled(), backend, max_slab_bytes)
+    with without_autocast(hidden_TD.device):
+        loss, *stats = _LinearCrossEntropy.apply(hidden_TD, unembed_VD, bias_V, labels_N, weights_T, rows_N, call)
     return (loss, TokenStats(*stats)) if return_stats else loss
 
 
@@ -135,7 +141,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows_N: torch.Tensor | None,
         call: _Call,
     ) -> Any:
-        wants_hidden, wants_unembed, wants_bias = ctx.needs_input_grad[:3]
+        wants_hidden, wants_unembed, wants_bias = (call.wants_gradient and it for it in ctx.needs_input_grad[:3])
         ctx.again = call.reduction == "none" and (wants_unembed or wants_bias)
         hidden_ND = hidden_TD if rows_N is None else hidden_TD[rows_N]
         weights_N = _weights(weights_T, rows_N, hidden_ND)
@@ -153,7 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.call, ctx.num_tokens = call, len(hidden_TD)
         ctx.dtypes = hidden_TD.dtype, unembed_VD.dtype, None if bias_V is None else bias_V.dtype
         kept = (hidden_TD, unembed_VD, bias_V, labels_N, weights_T) if ctx.again else (None,) * 5
-        ctx.save_for_backward(rows_N, found.grad_hidden, head.grad_unembed, head.grad_bias, *kept)
+        ctx.save_for_backward(rows_N, found.unit, found.grad_hidden, head.grad_unembed, head.grad_bias, *kept)
         loss_N = found.loss * weights_N
         loss = loss_N.sum() if call.reduction == "sum" else _spread(loss_N, rows_N, ctx.num_tokens)
         if not call.wants_stats:
@@ -168,10 +174,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "linear_cross_entropy has no second derivative: it was differentiated with create_graph=True."
             )
-        rows_N, hidden_ND, grad_unembed, grad_bias, *kept = ctx.saved_tensors
+        rows_N, unit, hidden_ND, grad_unembed, grad_bias, *kept = ctx.saved_tensors
         if ctx.again:
-            return *_again(ctx, rows_N, grad_loss, *kept), None, None, None, None
-        grad = grad_loss
+            with without_autocast(grad_loss.device):
+                return *_again(ctx, rows_N, grad_loss, *kept), None, None, None, None
+        grad = grad_loss = grad_loss if unit is None else grad_loss * unit
         if ctx.call.reduction == "none":
             grad = (grad_loss if rows_N is None else grad_loss[rows_N])[:, None]
         hidden_dtype, unembed_dtype, bias_dtype = ctx.dtypes
@@ -208,10 +215,11 @@ def _again(
     )
     found = _over_chunks(head, hidden_ND, labels_N, _weights(weights_T, rows_N, hidden_ND) * grad_N, ctx.call)
     hidden_dtype, unembed_dtype, bias_dtype = ctx.dtypes
+    unit = found.unit
     return (
-        None if found.grad_hidden is None else _spread(found.grad_hidden, rows_N, ctx.num_tokens).to(hidden_dtype),
-        None if head.grad_unembed is None else head.grad_unembed.to(unembed_dtype),
-        None if head.grad_bias is None else head.grad_bias.to(bias_dtype),
+        _scaled(found.grad_hidden, unit, hidden_dtype, rows_N, ctx.num_tokens),
+        _scaled(head.grad_unembed, unit, unembed_dtype),
+        _scaled(head.grad_bias, unit, bias_dtype),
     )
 
 
@@ -232,6 +240,17 @@ class _Found:
     entropy: torch.Tensor | None
     correct: torch.Tensor | None
     grad_hidden: torch.Tensor | None
+    unit: torch.Tensor | None  # [], what this and the head's gradients are in units of; None: 1
+
+
+def _unit(coefficient_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """The largest coefficient, where gradients of logits are stored in float16: of a mean over 1,000 tokens they would
+    be below its smallest number, and no loss scale reaches them.
+    """
+    if dtype != torch.float16 or len(coefficient_N) == 0:
+        return None
+    largest = coefficient_N.abs().amax()
+    return torch.where(largest > 0, largest, 1)
 
 
 def _over_chunks(
@@ -241,6 +260,8 @@ def _over_chunks(
     plan = plan_for(call.backend, head, hidden_ND, call.max_slab_bytes)
     if plan.backend == "torch" and hidden_ND.device.type == "cpu":
         head.widen()
+    unit = _unit(coefficient_N, hidden_ND.dtype) if head.wants_gradient else None
+    coefficient_N = coefficient_N if unit is None else coefficient_N / unit
     grad_hidden = torch.empty_like(hidden_ND) if head.wants_hidden else None
     done: list[Rows] = []
     for start in range(0, len(hidden_ND), plan.rows):
@@ -259,6 +280,7 @@ def _over_chunks(
         entropy=joined(lambda rows: rows.entropy) if head.wants_stats else None,
         correct=joined(lambda rows: rows.correct).bool() if head.wants_stats else None,
         grad_hidden=grad_hidden,
+        unit=unit,
     )
 
 
@@ -276,7 +298,7 @@ def _spread(values_N: torch.Tensor | None, rows_N: torch.Tensor | None, num_toke
 
 def _scaled(
     gradient: torch.Tensor | None,
-    factor: torch.Tensor,
+    factor: torch.Tensor | None,
     dtype: torch.dtype | None,
     rows_N: torch.Tensor | None = None,
     num_rows: int = 0,
@@ -284,6 +306,8 @@ def _scaled(
     """gradient * factor, multiplied in float32 or wider, rounded once; spread over all rows if some were dropped."""
     if gradient is None:
         return None
+    if factor is None:
+        return _spread(gradient.to(dtype), rows_N, num_rows)
     scaled = torch.empty_like(gradient, dtype=dtype)
     torch.mul(gradient, factor.to(torch.promote_types(gradient.dtype, torch.float32)), out=scaled)
     return _spread(scaled, rows_N, num_rows)

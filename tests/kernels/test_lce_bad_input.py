@@ -59,6 +59,20 @@ def test_bad_input_is_named(what):
         call(**changes)
 
 
+def test_a_dtensor_is_named(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(torch.randn(V, D), init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"unembed_VD is a DTensor: pass unembed_VD.full_tensor\(\)"):
+            call(unembed_VD=sharded)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_what_cannot_run_here_falls_back_and_says_so_once():
     with pytest.warns(UserWarning, match="backend torch instead of anchored: there is no GPU"):
         first = call(backend="anchored", hidden_TD=torch.ones(T, D), unembed_VD=torch.ones(V, D))
