@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format docs bench kernels-check kernels-report clean
+.PHONY: help demo test test-slow test-gpu lint format docs bench bench-gpu kernels-check kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -27,8 +27,10 @@ test: $(INSTALLED)  ## the tests
 test-slow: $(INSTALLED)  ## the wide matrices, which take longer
 	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not gpu"
 
+# Kernels are compiled by four processes at once: that is what their tests wait for.
 test-gpu: $(INSTALLED)  ## what only a GPU can show
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m gpu -n 4 --dist worksteal tests/kernels
+	$(BIN)/pytest -m gpu --ignore=tests/kernels
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -45,6 +47,12 @@ docs: $(INSTALLED)  ## write docs/config.md from the schemas
 bench: $(INSTALLED)  ## tokens per second against transformers.Trainer and TRL, on the CPU
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python bench/cpu_throughput.py
+
+bench-gpu: $(INSTALLED)  ## the kernels against Liger, CCE, PEFT and others, on a GPU; about five minutes
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python bench/gpu_probe.py --seconds 60
+	$(BIN)/python bench/gpu_loss.py --seconds 130
+	$(BIN)/python bench/gpu_lora.py --seconds 90
 
 kernels-check: $(INSTALLED)  ## the proof of the kernels that needs no GPU, with its figures
 	$(BIN)/python bench/kernels_check.py

@@ -19,6 +19,7 @@ EXP_OFFSET = tl.constexpr(math.exp(28.0))
 LARGEST = tl.constexpr(60.0)  # log2 of E at most; a row whose sum reaches it is rescued
 RESCUE = tl.constexpr(2.0**60)
 LOWEST = tl.constexpr(-1.0e38)
+ROWS = ["C"]  # the last chunk has any number of rows: neither 1 nor a multiple of 16 is worth compiling anew
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def _finish_tile(
     return e * slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS)
 def lce_gemm_tma_kernel(
     x, w, bias, label_C, own_C, e, partial, C, V, D, e_stride, scale, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, STATS: tl.constexpr, WIDEN: tl.constexpr,
@@ -97,7 +98,6 @@ def lce_gemm_tma_kernel(
     loads and products to different warps (with num_warps=4); bench/gpu_probe.py times it, and no table ships it:
     https://github.com/triton-lang/triton/issues/8311 gave wrong results.
     """
-    C = C.to(tl.int32)
     x_tiles = tl.make_tensor_descriptor(x, [C, D], [D, 1], [BLOCK_C, BLOCK_D])
     w_tiles = tl.make_tensor_descriptor(w, [V, D], [D, 1], [BLOCK_V, BLOCK_D])
     if STORE:
@@ -121,14 +121,13 @@ def lce_gemm_tma_kernel(
             e_tiles.store([at_C, at_V], powers.to(e.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS)
 def lce_gemm_kernel(
     x, w, bias, label_C, own_C, e, partial, C, V, D, e_stride, scale, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, STATS: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The same with plain loads: for Ampere, and for rows that the copy engine cannot address."""
-    C = C.to(tl.int32)
     tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), tl.cdiv(V, BLOCK_V)
     tile = tl.program_id(0) // tiles_C
     rows = (tl.program_id(0) % tiles_C) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -239,6 +238,7 @@ def lce_terms_kernel(
     if SMOOTHING > 0:
         mean = tl.load(total_C + i, mask=inside, other=0.0) / vocab_size
     label = tl.load(label_C + i, mask=inside, other=0.0)
+    nll = tl.where(label < float("inf"), nll, float("nan"))  # overflowed, not certain
     coefficient = tl.load(coefficient_C + i, mask=inside, other=0.0)
     loss, others_factor, label_factor = row_terms(label, nll, p, q, mean, coefficient, SMOOTHING, Z_LOSS)
     tl.store(out + i, nll, mask=inside)

@@ -107,6 +107,4 @@ def check_labels(labels_N: torch.Tensor, vocabulary: Slice, ignore_index: int) -
     wrong = low if low < 0 else high
     if wrong == ignore_index:
         raise ValueError(f"rows_N names a row whose label is ignore_index={ignore_index}: leave such rows out of it.")
-    raise ValueError(
-        f"labels_T holds {wrong}, outside 0 to {vocabulary.size - 1} and not ignore_index={ignore_index}."
-    )
+    raise ValueError(f"labels_T holds {wrong}, outside 0 to {vocabulary.size - 1} and not ignore_index={ignore_index}.")

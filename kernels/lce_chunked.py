@@ -110,7 +110,8 @@ def lce_rows_kernel(
     log_sum = tl.where(exps != exps, exps, tl.log(tl.where(some, exps, 1.0)))  # NaN stays NaN
     largest = tl.where(some | (exps != exps), top, float("-inf"))
     if WHOLE:
-        nll, p, q = from_margin((largest - label) + log_sum)  # in this order: the first difference is nearly exact
+        margin = (largest - label) + log_sum  # in this order: the first difference is nearly exact
+        nll, p, q = from_margin(tl.where(label < float("inf"), margin, float("nan")))  # overflowed, not certain
         loss, others_factor, label_factor = row_terms(
             label, nll, p, q, total / vocab_size, tl.load(coefficient_C + i), SMOOTHING, Z_LOSS
         )

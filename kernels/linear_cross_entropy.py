@@ -12,7 +12,6 @@ forward, where the logits are; only reduction="none" with a trainable head compu
 the weight of each row in the head's gradient is not known before.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,10 +19,10 @@ import torch
 import torch.distributed
 
 from tunesmith.kernels.device import without_autocast
-from tunesmith.kernels.lce_backends import plan_for
 from tunesmith.kernels.lce_checks import check_labels, check_rows, check_slice, check_tensors, check_terms
-from tunesmith.kernels.lce_head import Head, make_head
-from tunesmith.kernels.lce_rows import Rows, Slice, Terms
+from tunesmith.kernels.lce_chunks import over_chunks
+from tunesmith.kernels.lce_head import make_head
+from tunesmith.kernels.lce_rows import Slice, Terms
 
 IGNORE_INDEX = -100
 
@@ -155,7 +154,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             wants_bias=wants_bias and not ctx.again,
             wants_stats=call.wants_stats,
         )
-        found = _over_chunks(head, hidden_ND, labels_N, weights_N, call)
+        found = over_chunks(head, hidden_ND, labels_N, weights_N, call.backend, call.max_slab_bytes)
         ctx.call, ctx.num_tokens = call, len(hidden_TD)
         ctx.dtypes = hidden_TD.dtype, unembed_VD.dtype, None if bias_V is None else bias_V.dtype
         kept = (hidden_TD, unembed_VD, bias_V, labels_N, weights_T) if ctx.again else (None,) * 5
@@ -213,7 +212,8 @@ def _again(
         wants_bias=wants_bias,
         wants_stats=False,
     )
-    found = _over_chunks(head, hidden_ND, labels_N, _weights(weights_T, rows_N, hidden_ND) * grad_N, ctx.call)
+    coefficient_N = _weights(weights_T, rows_N, hidden_ND) * grad_N
+    found = over_chunks(head, hidden_ND, labels_N, coefficient_N, ctx.call.backend, ctx.call.max_slab_bytes)
     hidden_dtype, unembed_dtype, bias_dtype = ctx.dtypes
     unit = found.unit
     return (
@@ -229,64 +229,6 @@ def _weights(weights_T: torch.Tensor | None, rows_N: torch.Tensor | None, hidden
     if weights_T is None:
         return torch.ones(len(hidden_ND), dtype=wide, device=hidden_ND.device)
     return (weights_T if rows_N is None else weights_T[rows_N]).to(wide)
-
-
-@dataclass
-class _Found:
-    """What all chunks came to, [N] each, and [N, D] in the dtype of the hidden states."""
-
-    loss: torch.Tensor
-    logprob: torch.Tensor | None
-    entropy: torch.Tensor | None
-    correct: torch.Tensor | None
-    grad_hidden: torch.Tensor | None
-    unit: torch.Tensor | None  # [], what this and the head's gradients are in units of; None: 1
-
-
-def _unit(coefficient_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """The largest coefficient, where gradients of logits are stored in float16: of a mean over 1,000 tokens they would
-    be below its smallest number, and no loss scale reaches them.
-    """
-    if dtype != torch.float16 or len(coefficient_N) == 0:
-        return None
-    largest = coefficient_N.abs().amax()
-    return torch.where(largest > 0, largest, 1)
-
-
-def _over_chunks(
-    head: Head, hidden_ND: torch.Tensor, labels_N: torch.Tensor, coefficient_N: torch.Tensor, call: _Call
-) -> _Found:
-    """Runs the back end over all rows; the head's gradients add up in the head."""
-    plan = plan_for(call.backend, head, hidden_ND, call.max_slab_bytes)
-    if plan.backend == "torch" and hidden_ND.device.type == "cpu":
-        head.widen()
-    unit = _unit(coefficient_N, hidden_ND.dtype) if head.wants_gradient else None
-    coefficient_N = coefficient_N if unit is None else coefficient_N / unit
-    grad_hidden = torch.empty_like(hidden_ND) if head.wants_hidden else None
-    done: list[Rows] = []
-    for start in range(0, len(hidden_ND), plan.rows):
-        part = slice(start, start + plan.rows)
-        rows = plan.chunk(head, hidden_ND[part], labels_N[part], coefficient_N[part])
-        if grad_hidden is not None and rows.grad_hidden is not None:
-            grad_hidden[part] = rows.grad_hidden
-            rows.grad_hidden = None
-        head.is_first = False
-        done.append(rows)
-    head.finish()
-    joined = _joined(done, coefficient_N)
-    return _Found(
-        loss=joined(lambda rows: rows.loss),
-        logprob=-joined(lambda rows: rows.nll) if head.wants_stats else None,
-        entropy=joined(lambda rows: rows.entropy) if head.wants_stats else None,
-        correct=joined(lambda rows: rows.correct).bool() if head.wants_stats else None,
-        grad_hidden=grad_hidden,
-        unit=unit,
-    )
-
-
-def _joined(done: list[Rows], like_N: torch.Tensor) -> Callable[[Callable[[Rows], Any]], torch.Tensor]:
-    """joined(part) is that part of all chunks, [N]."""
-    return lambda part: torch.cat([part(rows) for rows in done]) if done else like_N.new_empty(0)
 
 
 def _spread(values_N: torch.Tensor | None, rows_N: torch.Tensor | None, num_tokens: int) -> Any:

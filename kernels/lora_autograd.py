@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.kernels.device import without_autocast
 from tunesmith.kernels.philox import Dropout
 
 
@@ -65,7 +66,8 @@ class LoraLinear(torch.autograd.Function):
             for i, scale in enumerate(plan.scales):
                 y_NO = plan.back_end.up(u_NR[:, starts[i] :], lora_bs[i], scale, biases[i])
                 y_NO.addmm_(x_NK, plan.weight(weights[i]).t())  # type: ignore[arg-type]
-                outputs.append(y_NO.view(*x.shape[:-1], y_NO.shape[1]))
+                # No view to autograd: what is a view of something made in here cannot be changed in place.
+                outputs.append(torch.ops.aten._unsafe_view(y_NO, [*x.shape[:-1], y_NO.shape[1]]))
         wants_x, wants = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         wants_weights, wants_as, wants_bs = any(wants[:count]), any(wants[count : 2 * count]), wants[2 * count :]
         ctx.save_for_backward(
@@ -75,14 +77,15 @@ class LoraLinear(torch.autograd.Function):
             *lora_as,
             *lora_bs,
         )
-        ctx.plan, ctx.starts, ctx.shape = plan, starts, x.shape
+        ctx.plan, ctx.starts, ctx.shape, ctx.device = plan, starts, x.shape, x.device
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         _refuse_second_derivative()
-        return None, *_Backward(ctx, gradients).run()
+        with without_autocast(ctx.device):
+            return None, *_Backward(ctx, gradients).run()
 
 
 class _Backward:

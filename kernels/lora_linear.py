@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.kernels import lora_torch
-from tunesmith.kernels.device import mm_fp32, why_not_triton
+from tunesmith.kernels.device import mm_fp32, why_not_triton, without_autocast
 from tunesmith.kernels.lora_autograd import Drop, LoraLinear, Plan
 from tunesmith.kernels.lora_checks import check, check_like
 from tunesmith.kernels.philox import Dropout, dropout
@@ -99,7 +99,8 @@ def lora_linear_group(
     drop = _dropout(dropout_p, seed, training, layer, first_row)
     scale = drop.keep_scale if drop else 1.0
     plan = Plan(_back_end(backend, x), tuple(scale * s for s in scalings), transposed, drop)
-    return LoraLinear.apply(plan, x, *weights, *lora_as, *lora_bs, *biases)
+    with without_autocast(x.device):
+        return LoraLinear.apply(plan, x, *weights, *lora_as, *lora_bs, *biases)
 
 
 def dora_linear(
@@ -131,17 +132,19 @@ def dora_linear(
         raise ValueError(f"magnitude has shape {list(magnitude.shape)}, not [{lora_b.shape[0]}], the out features.")
     drop = _dropout(dropout_p, seed, training, layer, first_row)
     weight_OK = weight.t() if transposed else weight
-    gain_O = magnitude / dora_norm(weight_OK, lora_a, lora_b, scaling)  # float32 at least: near 1, 16 bits are coarse
-    dropped = Drop.apply(_back_end(backend, x), drop, x) if drop else x
-    directed = lora_linear(dropped, weight, lora_a, lora_b, scaling, transposed=transposed, backend=backend)
-    y = directed * gain_O
-    if drop:
-        rest = x - dropped
-        # Not weight.t(): a view kept for the backward pass would hold a weight that ZeRO 3 has gathered and let go.
-        y = y + (rest @ weight if transposed else F.linear(rest, weight))
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype)
+    with without_autocast(x.device):
+        # In float32 at least: near 1, 16 bits are coarse.
+        gain_O = magnitude / dora_norm(weight_OK, lora_a, lora_b, scaling)
+        dropped = Drop.apply(_back_end(backend, x), drop, x) if drop else x
+        directed = lora_linear(dropped, weight, lora_a, lora_b, scaling, transposed=transposed, backend=backend)
+        y = directed * gain_O
+        if drop:
+            rest = x - dropped
+            # Not weight.t(): a view kept for the backward pass would hold a weight that ZeRO 3 has gathered and let go.
+            y = y + (rest @ weight if transposed else F.linear(rest, weight))
+        if bias is not None:
+            y = y + bias
+        return y.to(x.dtype)
 
 
 @torch.no_grad()

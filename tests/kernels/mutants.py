@@ -19,6 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LOSS = "test_linear_cross_entropy.py"
 SAME = "test_lce_invariances.py"
+USE = "test_kernels_in_use.py"
+LORA = "test_lora_linear.py"
+PHILOX = "test_philox.py"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Mutant:
     chosen: str  # pytest -k
 
 
-MUTANTS = [
+LOSS_MUTANTS = [
     Mutant(
         "smoothing left out of the label",
         "lce_row_math.py",
@@ -155,15 +158,15 @@ MUTANTS = [
     ),
     Mutant(
         "the label is not put into the head's gradient",
-        "lce_anchored_kernels.py",
-        "mask=(i < C) & (own >= 0))",
-        "mask=(i < 0) & (own >= 0))",
+        "lce_anchored.py",
+        "        _add_labels(head, factors, hidden_CD, own_C, label_C)\n",
+        "",
         LOSS,
         "float64 and anchored-plain-sum",
     ),
     Mutant(
         "only the last chunk's head gradient",
-        "linear_cross_entropy.py",
+        "lce_chunks.py",
         "        head.is_first = False\n",
         "",
         LOSS,
@@ -217,7 +220,211 @@ MUTANTS = [
         LOSS,
         "tiny_and_large and torch and hopeless",
     ),
+    Mutant(
+        "gradients under no_grad",
+        "linear_cross_entropy.py",
+        "(call.wants_gradient and it for",
+        "(it for",
+        USE,
+        "without_autograd",
+    ),
+    Mutant(
+        "coefficients of float16 as they are",
+        "lce_chunks.py",
+        "if dtype != torch.float16 or",
+        "if dtype != torch.bool or",
+        USE,
+        "float16 and chunked",
+    ),
+    Mutant(
+        "entropy of a token that cannot be",
+        "lce_chunked.py",
+        "e * tl.where(e > 0, z - higher, 0.0)",
+        "e * (z - higher)",
+        USE,
+        "cannot_be and chunked",
+    ),
 ]
+
+
+LORA_MUTANTS = [
+    Mutant(
+        "dropout left out of the forward",
+        "lora_kernels.py",
+        "            x = tl.where(kept, x, 0.0)\n        u =",
+        "            x = tl.where(kept, x, x)\n        u =",
+        LORA,
+        "every_gradient and primes and triton",
+    ),
+    Mutant(
+        "the mask left out of dx",
+        "lora_kernels.py",
+        "dx = tl.where(kept, dx, 0.0)",
+        "dx = tl.where(kept, dx, dx)",
+        LORA,
+        "every_gradient and primes and triton",
+    ),
+    Mutant(
+        "the mask left out of dA",
+        "lora_kernels.py",
+        "x = tl.where(kept, x, 0.0)\n            da",
+        "x = tl.where(kept, x, x)\n            da",
+        LORA,
+        "every_gradient and primes and triton",
+    ),
+    Mutant(
+        "dropout's factor left out",
+        "lora_linear.py",
+        "scale = drop.keep_scale if drop else 1.0",
+        "scale = 1.0",
+        LORA,
+        "every_gradient and primes and torch",
+    ),
+    Mutant(
+        "scaling left out of dB",
+        "lora_triton.py",
+        "_ordered_sum(db_parts, db_OR[:, first : first + bucket], scale)",
+        "_ordered_sum(db_parts, db_OR[:, first : first + bucket], 1.0)",
+        LORA,
+        "every_gradient and odd and triton",
+    ),
+    Mutant(
+        "scaling left out of du",
+        "lora_triton.py",
+        "_ordered_sum(du_parts, du_NR[:, first : first + bucket], scale)",
+        "_ordered_sum(du_parts, du_NR[:, first : first + bucket], 1.0)",
+        LORA,
+        "every_gradient and odd and triton",
+    ),
+    Mutant(
+        "only the first chunk of rows in dA and dB",
+        "lora_kernels.py",
+        "for _ in range(num_parts)",
+        "for _ in range(1)",
+        LORA,
+        "every_gradient and many and triton",
+    ),
+    Mutant(
+        "a block of rows short",
+        "lora_triton.py",
+        "    return _ceil(_ceil(rows, block), chunks) * block",
+        "    return max(1, _ceil(rows, block) // chunks) * block - (rows > 2 * block)",
+        LORA,
+        "every_gradient and many and triton",
+    ),
+    Mutant(
+        "rows are counted from 0",
+        "lora_kernels.py",
+        "(rows.to(tl.int64) + first_row)",
+        "(rows.to(tl.int64) + 0 * first_row)",
+        LORA,
+        "rows_may_be_split and triton",
+    ),
+    Mutant(
+        "rows beyond 2^32 repeat",
+        "lora_kernels.py",
+        "(row >> 32).to(tl.uint32)",
+        "(row >> 40).to(tl.uint32)",
+        PHILOX,
+        "triton_draws",
+    ),
+    Mutant("10 rounds in Triton", "lora_kernels.py", "tl.constexpr(7)", "tl.constexpr(10)", PHILOX, "triton_draws"),
+    Mutant("10 rounds in torch", "philox.py", "ROUNDS = 7", "ROUNDS = 10", PHILOX, "mask_is_philox"),
+    Mutant("half of the seed", "lora_triton.py", "_int32(dropout.seed >> 32)", "_int32(0)", PHILOX, "triton_draws"),
+    Mutant(
+        "the layer left out of the counter",
+        "philox.py",
+        "torch.full_like(group, self.layer & _LOW)",
+        "torch.zeros_like(group)",
+        PHILOX,
+        "each_part",
+    ),
+    Mutant(
+        "the bias twice", "lora_kernels.py", "y += tl.load(", "y += 2 * tl.load(", LORA, "gradient and odd and triton"
+    ),
+    Mutant(
+        "a member with another's B",
+        "lora_autograd.py",
+        "lora_bs[i], scale, biases[i]",
+        "lora_bs[min(i, 1)], scale, biases[i]",
+        LORA,
+        "every_gradient and v-torch",
+    ),
+    Mutant(
+        "a member with another's u",
+        "lora_autograd.py",
+        "back_end.up(u_NR[:, starts[i] :]",
+        "back_end.up(u_NR[:, starts[0] :]",
+        LORA,
+        "every_gradient and v-torch",
+    ),
+    Mutant(
+        "an unused member has a gradient",
+        "lora_autograd.py",
+        "du_NR[:, start:end] = 0",
+        "du_NR[:, start:end] = 1",
+        LORA,
+        "nobody_uses and torch",
+    ),
+    Mutant(
+        "dx is written past the row",
+        "lora_kernels.py",
+        "dx.to(dx_NK.dtype.element_ty), mask=inside)",
+        "dx.to(dx_NK.dtype.element_ty), mask=rows[:, None] < N)",
+        LORA,
+        "every_gradient and primes and triton",
+    ),
+    Mutant(
+        "padded ranks are written",
+        "lora_kernels.py",
+        "inside = (row < rows) & (column < columns)",
+        "inside = row < rows",
+        LORA,
+        "every_gradient and odd and triton",
+    ),
+    Mutant(
+        "later slices of ranks replace the first",
+        "lora_triton.py",
+        "ADD=first > 0",
+        "ADD=False",
+        LORA,
+        "every_gradient and slices and triton",
+    ),
+    Mutant(
+        "u rounded",
+        "lora_kernels.py",
+        "u.to(u_NR.dtype.element_ty)",
+        "u.to(tl.float16).to(u_NR.dtype.element_ty)",
+        LORA,
+        "every_gradient and odd and triton",
+    ),
+    Mutant(
+        "float32 cast of dy removed",
+        "lora_kernels.py",
+        "            dy = dy.to(tl.float32)\n",
+        "            dy = dy.to(dy.dtype)\n",
+        LORA,
+        "16_bits and bfloat16 and triton",
+    ),
+    Mutant(
+        "DoRA's norm without the cross term",
+        "lora_linear.py",
+        "2 * scaling * mm_fp32(weight_OK, lora_a.t()) + scaling**2",
+        "scaling**2",
+        LORA,
+        "doras_norm",
+    ),
+    Mutant(
+        "DoRA forgets what was dropped",
+        "lora_linear.py",
+        "rest = x - dropped",
+        "rest = x",
+        LORA,
+        "dora_is_right and torch",
+    ),
+]
+
+MUTANTS = LOSS_MUTANTS + LORA_MUTANTS
 
 
 def run_tests(mutant: Mutant, planted: bool) -> int:

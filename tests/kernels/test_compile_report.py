@@ -42,3 +42,18 @@ def test_too_much_shared_memory_is_seen():
     build = next(build for build in builds("lce_anchored", 80) if build.label == "train")
     found = report(replace(build, block=block(8, 8, BLOCK_C=128, BLOCK_V=256, BLOCK_D=32)))
     assert found.faults == (f"{found.shared} bytes of shared memory, 166912 at most",)
+
+
+@pytest.mark.parametrize("size", ["C", "V", "D"])
+@pytest.mark.parametrize("module", ["lce_anchored", "lce_chunked"])
+def test_a_size_of_one_compiles(module, size):
+    """Triton makes a constant of an argument that is 1, and a constant lacks what a number has."""
+    rich = {build.kernel.fn.__name__: build for build in builds(module, 90) if "all options" in build.label}
+    for build in rich.values():
+        if size in build.kernel.arg_names and size not in _never_constant(build):
+            types = {name: kind for name, kind in build.signature.items() if name != size}
+            report(replace(build, signature=types, constants=build.constants | {size: 1}, expects=()))
+
+
+def _never_constant(build: Build) -> list[str]:
+    return [parameter.name for parameter in build.kernel.params if parameter.do_not_specialize]
