@@ -59,7 +59,9 @@ def _triton_backend(backend: str, head: Head, hidden_ND: torch.Tensor) -> str:
         if backend != "auto":
             _say_once(backend, "torch", reason)
         return "torch"
-    wanted = preferred(device, head.unembed_VD) if backend in ("auto", "triton") else backend
+    wanted = (
+        backend if backend in ("anchored", "chunked") else preferred(device, head.unembed_VD, head.vocabulary.group)
+    )
     reason = why_not_anchored(head, hidden_ND.dtype) if wanted == "anchored" else None
     if reason is None:
         return wanted
@@ -68,9 +70,12 @@ def _triton_backend(backend: str, head: Head, hidden_ND: torch.Tensor) -> str:
     return "chunked"
 
 
-def preferred(device: torch.device, unembed_VD: torch.Tensor) -> str:
-    """The faster Triton back end by the roofline of docs/kernels.md, unless a timed pick says otherwise for a head."""
-    found = picked.get(tuple(unembed_VD.shape))
+def preferred(device: torch.device, unembed_VD: torch.Tensor, group: object = None) -> str:
+    """The faster Triton back end by the roofline of docs/kernels.md, unless a timed pick says otherwise for a head.
+
+    Ranks that share a vocabulary take no pick: their slices may differ in size, and they must sum in the same order.
+    """
+    found = picked.get(tuple(unembed_VD.shape)) if group is None else None
     if found is not None:
         return found
     return "anchored" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else "chunked"

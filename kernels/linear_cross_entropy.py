@@ -171,7 +171,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "linear_cross_entropy has no second derivative: it was differentiated with create_graph=True."
+                "linear_cross_entropy has no second derivative: call backward without create_graph=True, or take "
+                "torch.nn.functional.cross_entropy of hidden_TD @ unembed_VD.T."
             )
         rows_N, unit, hidden_ND, grad_unembed, grad_bias, *kept = ctx.saved_tensors
         if ctx.again:

@@ -70,4 +70,6 @@ def _check_layer(
 def check_like(x: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
     """Raises ValueError unless a tensor has the dtype and the device of x."""
     if tensor.dtype != x.dtype or tensor.device != x.device:
-        raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, and x is {x.dtype} on {x.device}.")
+        raise ValueError(
+            f"{name} is {tensor.dtype} on {tensor.device}, and x is {x.dtype} on {x.device}: convert one to the other."
+        )

@@ -161,7 +161,11 @@ class _OurLora:
         if not self._has_warned:
             self._has_warned = True
             given = "autocast" if len(dtypes) == 1 else f"dtypes {', '.join(sorted(map(str, dtypes)))}"
-            warnings.warn(f"a LoRA layer met {given}: it runs through PEFT there, not our kernels", stacklevel=2)
+            warnings.warn(
+                f"a LoRA layer met {given}: it runs through PEFT there, not our kernels, which is as right but slower; "
+                "keep weights and inputs in one dtype, without autocast",
+                stacklevel=2,
+            )
         return False
 
     def alone(self, x: torch.Tensor) -> torch.Tensor:

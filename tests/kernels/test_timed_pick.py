@@ -87,6 +87,7 @@ def test_where_no_candidate_is_right_the_loss_falls_to_torch_and_lora_says_so(tm
     assert found["toy"].backend == "torch"
     use_picks(picks_as_json(found, CPU), CPU)
     assert lce_backends.preferred(CPU, torch.empty(7, 5)) == "torch"
+    assert lce_backends.preferred(CPU, torch.empty(7, 5), group="of ranks with slices of other sizes") == "chunked"
     assert lce_backends.preferred(CPU, torch.empty(7, 6)) == "chunked"
     with pytest.raises(RuntimeError, match=r"no kernel computes what torch does on this GPU: toy: .*4.2e-02 off"):
         pick([toy([230_000])], CPU, tmp_path / "others.json")
