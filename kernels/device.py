@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels run on the CPU, slowly
+DEBUG = os.environ.get("TUNESMITH_DEBUG") == "1"  # looks into tensors on a GPU too, which waits for it
 MIN_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 matrix units
 
 
@@ -39,6 +40,11 @@ def num_multiprocessors(device: torch.device) -> int:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Inside, products are of the dtypes they are given: autocast would round float32 ones to 16 bits."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def on_its_device(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, kernels go to this GPU: Triton launches on the current one. Autograd sees to it in a backward pass."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def mm_fp32(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:

@@ -249,13 +249,14 @@ def builds() -> list[Build]:
         for label, flags in FEATURES.items():
             constants = flags | {"WIDEN": False} | extra
             found += [
-                Build(kernel, sizes, target, GEMM_TYPES, constants, label, aligned=("D", "e_stride"), expects=matrix)
+                Build(kernel, sizes, target, GEMM_TYPES, constants, label, aligned=EVEN, expects=matrix)
                 for sizes in _table(flags["STATS"], flags["HAS_CAP"])[1][target]
             ]
         found += _row_builds(target)
     return found
 
 
+EVEN = "D", "V", "e_stride", "vocab_size"  # divisible by 16 at most launches, and then compiled for it
 FEATURES: dict[str, dict[str, Any]] = {
     "train": {"HAS_BIAS": False, "HAS_CAP": False, "STORE": True, "STATS": False},
     "train, bias": {"HAS_BIAS": True, "HAS_CAP": False, "STORE": True, "STATS": False},
@@ -290,4 +291,4 @@ def _row_builds(target: int) -> list[Build]:
         (lce_terms_kernel, block(2, 2, BLOCK_C=ROWS_A_PROGRAM)),
         (lce_hidden_kernel, block(4, 2, BLOCK_D=ROW_BLOCK_D)),
     )
-    return [Build(kernel, sizes, target, types, options, "all options") for kernel, sizes in shapes]
+    return [Build(kernel, sizes, target, types, options, "all options", aligned=EVEN) for kernel, sizes in shapes]

@@ -163,7 +163,8 @@ def lce_rescue_kernel(
     i = tl.program_id(0)
     row = tl.full((1,), 0, tl.int32) + i
     offset = tl.full((1,), 0.0, tl.float32) + OFFSET
-    if tl.load(sums + i) >= RESCUE:
+    label = tl.load(label_C + i)
+    if (tl.load(sums + i) >= RESCUE) & (label == label):  # a row of NaN stays one: nothing to find in it
         top = tl.full((1,), LOWEST, tl.float32)
         for start in range(0, V, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)

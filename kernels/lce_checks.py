@@ -50,8 +50,9 @@ def check_tensors(
             raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}{like}, not {tensor.dtype}.")
         if tensor.device != hidden_TD.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden_TD on {hidden_TD.device}.")
-    for name, tensor in (("hidden_TD", hidden_TD), ("unembed_VD", unembed_VD)):
-        if not tensor.is_contiguous():
+    vectors = (("labels_T", labels_T), ("bias_V", bias_V), ("weights_T", weights_T))
+    for name, tensor in (("hidden_TD", hidden_TD), ("unembed_VD", unembed_VD), *vectors):
+        if tensor is not None and not tensor.is_contiguous():  # kernels step by one element
             raise ValueError(f"{name} has strides {tensor.stride()}: pass it contiguous.")
     if rows_N is not None and (rows_N.ndim != 1 or len(rows_N) > num_tokens):
         raise ValueError(f"rows_N must be at most {num_tokens} row numbers, [N], not {tuple(rows_N.shape)}.")

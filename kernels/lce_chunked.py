@@ -213,6 +213,10 @@ def _use(head: Head, rows: Rows, grad_CV: torch.Tensor, hidden_CD: torch.Tensor)
         head.grad_bias += grad_CV.sum(0, dtype=head.grad_bias.dtype)
 
 
+# What Triton finds divisible by 16 at a launch, and loads in vectors: with most vocabularies, and with GPT-2's 50,257.
+EVEN, ODD = ("stride", "V", "vocab_size"), ("stride",)
+
+
 def builds() -> list[Build]:
     """Every shipped configuration of both kernels, for the cross-compile report."""
     pointers = {"slab": "*bf16", "bias": "*fp32", "own_C": "*i64", "coefficient_C": "*fp32", "out": "*fp32"}
@@ -227,9 +231,12 @@ def builds() -> list[Build]:
                 for whole in (True, False) if label == "all options" else (True,):
                     constants = {**features, "GRAD": True, "WHOLE": whole}
                     where = "" if whole else ", slice"
-                    found.append(Build(lce_rows_kernel, sizes, arch, pointers | numbers, constants, f"{label}{where}"))
+                    types, name = pointers | numbers, f"{label}{where}"
+                    found.append(Build(lce_rows_kernel, sizes, arch, types, constants, name, aligned=EVEN))
+                    if sizes is ROW_BLOCKS[arch][0]:
+                        found.append(Build(lce_rows_kernel, sizes, arch, types, constants, f"{name}, odd V", ODD))
             grad = {name: pointers[name] for name in ("slab", "bias", "own_C")} | apart
             grad |= {name: numbers[name] for name in ("stride", "V", "scale", "cap")}
             constants = {"HAS_BIAS": True, "HAS_CAP": True, "SMOOTHED": True}
-            found.append(Build(lce_gradient_kernel, sizes, arch, grad, constants, "all options, slice"))
+            found.append(Build(lce_gradient_kernel, sizes, arch, grad, constants, "all options, slice", aligned=EVEN))
     return found

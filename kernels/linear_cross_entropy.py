@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 
-from tunesmith.kernels.device import without_autocast
+from tunesmith.kernels.device import DEBUG, on_its_device, without_autocast
 from tunesmith.kernels.lce_checks import check_labels, check_rows, check_slice, check_tensors, check_terms
 from tunesmith.kernels.lce_chunks import over_chunks
 from tunesmith.kernels.lce_head import make_head
@@ -73,8 +73,9 @@ def linear_cross_entropy(
     """The loss of each token, or their sum, by the formulas at the head of this file.
 
     Args:
-        hidden_TD: last hidden states, [T, D], float32, bfloat16 or float16 (float64 with backend torch), contiguous.
-        unembed_VD: output embedding, [V, D], dtype of hidden_TD, contiguous.
+        hidden_TD: last hidden states, [T, D], float32, bfloat16 or float16 (float64 with backend torch). It and
+            all others but rows_N contiguous.
+        unembed_VD: output embedding, [V, D], dtype of hidden_TD.
         labels_T: token ids of the whole vocabulary, or ignore_index, [T], int64.
         bias_V: of the head, [V], dtype of hidden_TD.
         weights_T: of each token in the loss, [T], float32; no gradient goes to it.
@@ -89,7 +90,8 @@ def linear_cross_entropy(
         backend: auto (triton on a GPU, else torch), triton (the faster of the two), anchored, chunked or torch. What a
             Triton back end does not cover falls back, and says so once where it was asked for by name.
         max_slab_bytes: most that the logits of one chunk may take; None: what is best for the device.
-        check: look for labels out of range on a GPU too, which waits for it; on the CPU they always are.
+        check: look for labels out of range on a GPU too, which waits for it; on the CPU they always are. So does
+            TUNESMITH_DEBUG=1 in the environment for every call.
 
     Returns: loss in nats, [] or [T], float32 (float64 for float64), 0 where ignored; or with return_stats
         (loss, TokenStats).
@@ -101,7 +103,7 @@ def linear_cross_entropy(
     check_tensors(hidden_TD, unembed_VD, labels_T, bias_V, weights_T, rows_N)
     vocabulary = _slice(len(unembed_VD), group, vocab_start, vocab_size)
     check_slice(vocabulary, len(unembed_VD))
-    is_checked = check or labels_T.device.type == "cpu"
+    is_checked = check or DEBUG or labels_T.device.type == "cpu"
     if rows_N is None:
         kept = labels_T != ignore_index
         rows_N = None if labels_T.device.type == "cpu" and bool(kept.all()) else kept.nonzero()[:, 0]
@@ -111,7 +113,7 @@ def linear_cross_entropy(
     if is_checked:
         check_labels(labels_N, vocabulary, ignore_index)
     call = _Call(terms, vocabulary, reduction, return_stats, torch.is_grad_enabled(), backend, max_slab_bytes)
-    with without_autocast(hidden_TD.device):
+    with without_autocast(hidden_TD.device), on_its_device(hidden_TD.device):
         loss, *stats = _LinearCrossEntropy.apply(hidden_TD, unembed_VD, bias_V, labels_N, weights_T, rows_N, call)
     return (loss, TokenStats(*stats)) if return_stats else loss
 

@@ -4,14 +4,13 @@ Written over a back end, lora_torch.py or lora_triton.py, whose passes do the wo
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from tunesmith.kernels.device import without_autocast
+from tunesmith.kernels.device import on_its_device, without_autocast
 from tunesmith.kernels.philox import Dropout
 
 
@@ -41,11 +40,6 @@ def _stacked(matrices: Sequence[torch.Tensor], step: int) -> tuple[torch.Tensor,
     return torch.cat(rows), starts
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, kernels go to this GPU: Triton launches on the current one. Autograd sees to it in a backward pass."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise NotImplementedError("lora_linear has no second derivative: call backward without create_graph=True.")
@@ -61,7 +55,7 @@ class LoraLinear(torch.autograd.Function):
         x_NK = x.view(-1, x.shape[-1])
         a_RK, starts = _stacked(lora_as, plan.back_end.RANK_STEP)  # type: ignore[arg-type]
         outputs = []
-        with _on(x.device):
+        with on_its_device(x.device):
             u_NR = plan.back_end.down(x_NK, a_RK, plan.drop)
             for i, scale in enumerate(plan.scales):
                 y_NO = plan.back_end.up(u_NR[:, starts[i] :], lora_bs[i], scale, biases[i])
@@ -165,7 +159,7 @@ class Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, back_end: ModuleType, dropout: Dropout, x: torch.Tensor) -> torch.Tensor:
         ctx.back_end, ctx.dropout = back_end, dropout
-        with _on(x.device):
+        with on_its_device(x.device):
             return back_end.drop(x.view(-1, x.shape[-1]), dropout).view(x.shape)
 
     @staticmethod

@@ -124,13 +124,15 @@ class Engine:
         finally:
             self._target_rows.rows = None
 
-    def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
-        """Weighted sum, not mean, of the negative log-likelihoods of the batch's targets; 0 when it has none."""
+    def loss_sum(self, batch: MicroBatch, *, divisor: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """Weighted sum, not mean, of the negative log-likelihoods of the batch's targets, over the divisor; 0 when it
+        has none.
+        """
         if self._loss_in_head is not None:
-            with self._loss_in_head.computing(batch):
+            with self._loss_in_head.computing(batch, divisor=divisor):
                 return self._forward(batch)
         labels, weights = batch.targets()
-        return (token_nll(self.target_logits(batch), labels) * weights).sum()
+        return (token_nll(self.target_logits(batch), labels) * weights).sum() / divisor
 
     @torch.no_grad()
     def loss_sum_and_num_correct(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,14 +36,14 @@ def optimizer_step(engine: Engine, micro_batches: list[MicroBatch]) -> Step:
         ).to(engine.device)
     )
     weight = counts[0].float()
-    loss_sum = torch.zeros((), device=engine.device, dtype=torch.float64)
+    loss = torch.zeros((), device=engine.device, dtype=torch.float64)
     for batch in micro_batches:
-        micro_loss_sum = engine.loss_sum(batch)
-        engine.backward(micro_loss_sum / weight)
-        loss_sum += micro_loss_sum.detach()
+        micro_loss = engine.loss_sum(batch, divisor=weight)  # divided there: after it would be a rounding more
+        engine.backward(micro_loss)
+        loss += micro_loss.detach()
     update = engine.step()
-    loss, _, target_tokens, tokens = torch.cat([sum_over_ranks(loss_sum)[None], counts]).tolist()
-    return Step(loss / counts[0].item(), update.grad_norm, update.applied, int(tokens), int(target_tokens))
+    mean, _, target_tokens, tokens = torch.cat([sum_over_ranks(loss)[None], counts]).tolist()
+    return Step(mean, update.grad_norm, update.applied, int(tokens), int(target_tokens))
 
 
 class Loop:

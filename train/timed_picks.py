@@ -16,7 +16,7 @@ from tunesmith.train.distributed import World, all_ranks, broadcast_text
 from tunesmith.train.engine_sharding import full_shape
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.lora_layers import GROUPS, why_not_ours
-from tunesmith.train.output_head import output_head
+from tunesmith.train.output_head import SOFTCAPS, output_head
 
 MOST_ROWS = 8192  # enough to fill any GPU: more only takes longer
 
@@ -52,6 +52,7 @@ def workloads_of(model: nn.Module, config: Config, device: torch.device) -> list
         found["loss"] = loss_workload(
             rows, hidden_size, vocab_size, weight.dtype, device,
             trainable=weight.requires_grad, bias=head.bias is not None,
+            softcap=_softcap(model),
         )  # fmt: skip
     for names in _lora_groups(model, alone=config.engine.stage == 3):
         layers = [model.get_submodule(name) for name in names]
@@ -61,6 +62,12 @@ def workloads_of(model: nn.Module, config: Config, device: torch.device) -> list
         workload = lora_workload(rows, in_features, outs, ranks, dtype, device, dropout_p=dropout_p)
         found[workload.name] = workload
     return list(found.values())
+
+
+def _softcap(model: Any) -> float | None:
+    """Of the logits, as the config has it: whether the loss has one decides its tiles, not the number."""
+    config = model.config.get_text_config()
+    return next((cap for cap in (getattr(config, name, None) for name in SOFTCAPS) if cap), None)
 
 
 def _lora_groups(model: nn.Module, *, alone: bool) -> Iterator[list[str]]:

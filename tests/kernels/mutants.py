@@ -3,8 +3,8 @@
     python tests/kernels/mutants.py        # plants all of them, a few seconds each; exit code 1 when one survives
 
 A fault is a line of a kernel with one mistake in it, of the kinds that kernels have had in the field: a mask left out,
-a scale dropped, a tile short, a cast removed. It is planted in a copy; the tests named with it must fail there, by
-failed assertions, and pass without it.
+a scale dropped, a tile short, a cast removed. It is planted in a copy; the tests named with it must fail there, and
+pass without it.
 """
 
 import os

@@ -256,12 +256,14 @@ def test_bias_a_transposed_weight_and_dora_on_a_gpu(transposed, dora):
 
 
 def test_every_candidate_of_the_tables_is_right_on_this_gpu(tmp_path):
-    """What the timed pick of a run does, on a real head and a real group of layers."""
+    """What the timed pick of a run does, on a real head, a real group of layers, and each number of ranks."""
+    from tunesmith.kernels.lora_blocks import BUCKETS  # here: it imports triton
+
     gpu = torch.device("cuda")
     workloads = [
         loss_workload(2048, 2048, 128256, torch.bfloat16, gpu, trainable=False),
         lora_workload(4096, 4096, [4096, 1024, 1024], [16, 16, 16], torch.bfloat16, gpu, dropout_p=0.05),
-        lora_workload(4096, 4096, [4096], [128], torch.bfloat16, gpu),
+        *(lora_workload(4096, 4096, [4096], [rank], torch.bfloat16, gpu) for rank in BUCKETS),
     ]
     found = pick(workloads, gpu, tmp_path / "picks.json")
     assert {name: choice.rejected for name, choice in found.items() if choice.rejected} == {}

@@ -297,3 +297,19 @@ def test_bfloat16_on_the_cpu_is_as_exact_as_its_result_can_be():
     errors = bfloat16_errors("torch")
     assert errors.pop("loss") < LIMIT
     assert max(errors.values()) < 1.05
+
+
+def test_a_divisor_among_the_weights_costs_no_second_rounding():
+    given = inputs("normal", 65, 64, 500, 0.0)
+    hidden = given["hidden"].bfloat16().requires_grad_()
+    unembed = given["unembed"].bfloat16()
+    wide = hidden.detach().double().requires_grad_()
+    exact, _ = reference(wide, unembed.double(), given["labels"], None)
+    (exact.sum() / 1237).backward()
+    assert wide.grad is not None
+    rounding = error(wide.grad.bfloat16(), wide.grad)
+    linear_cross_entropy(hidden, unembed, given["labels"], weights_T=torch.full((65,), 1 / 1237)).backward()
+    assert error(hidden.grad, wide.grad) < 1.05 * rounding
+    hidden.grad = None
+    (linear_cross_entropy(hidden, unembed, given["labels"]) / 1237).backward()
+    assert error(hidden.grad, wide.grad) > 1.2 * rounding  # what the loop avoids

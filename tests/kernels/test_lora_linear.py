@@ -149,8 +149,11 @@ def measured(interpreter: Any, function: Callable[..., Any], backend: str, **arg
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_every_gradient_are_right(name: str, backend: str, interpreter: Any) -> None:
+def test_outputs_and_every_gradient_are_right(
+    name: str, backend: str, interpreter: Any, record_property: Callable[[str, object], None]
+) -> None:
     found = measured(interpreter, errors, backend, case=CASES[name])
+    record_property("max_rel_err", max(found.values()))
     assert max(found.values()) <= LIMIT, found
 
 
