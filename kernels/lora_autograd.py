@@ -42,7 +42,7 @@ def _stacked(matrices: Sequence[torch.Tensor], step: int) -> tuple[torch.Tensor,
 
 def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
-        raise NotImplementedError("lora_linear has no second derivative: call backward without create_graph=True.")
+        raise RuntimeError("lora_linear has no second derivative: call backward without create_graph=True.")
 
 
 class LoraLinear(torch.autograd.Function):
