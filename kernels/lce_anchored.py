@@ -13,6 +13,7 @@ out the label and keeps float32's exponents, the gradient of a nearly certain ro
 C rows of a chunk, D hidden, V vocabulary of this rank's slice. docs/kernels.md derives it and shows the figures.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,11 +59,11 @@ def chunk(head: Head, hidden_CD: torch.Tensor, labels_C: torch.Tensor, coefficie
     head.vocabulary.sum(label_C)
     e_CV, sums, offset_C = _powers(head, hidden_CD, own_C, label_C)
     if head.vocabulary.group is None:
-        rows, factors, e_factor_C = _whole(head, label_C, total_C, sums, offset_C, coefficient_C)
+        rows, factors = _whole(head, label_C, total_C, sums, offset_C, coefficient_C)
     else:
-        rows, factors, e_factor_C = _joined(head, label_C, mine_C, total_C, sums, offset_C, coefficient_C)
+        rows, factors = _joined(head, label_C, mine_C, total_C, sums, offset_C, coefficient_C)
     if e_CV is not None:
-        _use(head, rows, factors, e_factor_C, e_CV, hidden_CD, own_C, label_C)
+        _use(head, rows, factors, e_CV, hidden_CD, own_C, label_C)
     return rows
 
 
@@ -153,8 +154,8 @@ def _whole(
     sums: torch.Tensor,
     offset_C: torch.Tensor,
     coefficient_C: torch.Tensor,
-) -> tuple[Rows, Factors, torch.Tensor]:
-    """Rows, factors, and what E is multiplied with (factors.others is not read), [C], in one launch."""
+) -> tuple[Rows, Factors]:
+    """Rows and factors, of which `others` is what E is multiplied with, in one launch."""
     C, terms = len(label_C), head.terms
     out = torch.empty(6, C, dtype=torch.float32, device=label_C.device)
     lce_terms_kernel[(triton.cdiv(C, ROWS_A_PROGRAM),)](
@@ -163,8 +164,7 @@ def _whole(
     )  # fmt: skip
     stats = (out[ENTROPY], out[CORRECT]) if head.wants_stats else (None, None)
     smoothing_C = coefficient_C * (terms.label_smoothing / head.vocabulary.size) if terms.label_smoothing else None
-    factors = Factors(coefficient_C, out[LABEL_FACTOR], smoothing_C)
-    return Rows(out[NLL], out[LOSS], *stats), factors, out[E_FACTOR]
+    return Rows(out[NLL], out[LOSS], *stats), Factors(out[E_FACTOR], out[LABEL_FACTOR], smoothing_C)
 
 
 def _joined(
@@ -175,7 +175,7 @@ def _joined(
     sums: torch.Tensor,
     offset_C: torch.Tensor,
     coefficient_C: torch.Tensor,
-) -> tuple[Rows, Factors, torch.Tensor]:
+) -> tuple[Rows, Factors]:
     """The same from every rank's sums; offsets may differ between ranks, so it is logsumexps that are joined."""
     log_sum_C = torch.where(sums[0] > 0, torch.log(sums[0]), 0)
     largest_C = torch.where(sums[0] > 0, label_C + offset_C, NO_LOGIT)  # what log_sum is relative to
@@ -187,14 +187,13 @@ def _joined(
     if head.wants_stats:
         rows.correct = head.vocabulary.sum((sums[2] > 0).float()) == 0
     margin_C = (everywhere.largest - label_C) + everywhere.log_sum
-    return rows, factors, factors.others * torch.exp(offset_C - margin_C)
+    return rows, replace(factors, others=factors.others * torch.exp(offset_C - margin_C))
 
 
 def _use(
     head: Head,
     rows: Rows,
     factors: Factors,
-    e_factor_C: torch.Tensor,
     e_CV: torch.Tensor,
     hidden_CD: torch.Tensor,
     own_C: torch.Tensor,
@@ -203,7 +202,7 @@ def _use(
     """The gradients of hidden states and head from E and the factors of its rows."""
     C, D = hidden_CD.shape
     cap, has_cap = head.terms.logit_softcap or 1.0, head.terms.logit_softcap is not None
-    smoothing_C = factors.smoothing
+    smoothing_C, e_factor_C = factors.smoothing, factors.others
     if head.wants_hidden:
         alone = head.vocabulary.group is None
         every_D, every_C = (head.token_sum(), smoothing_C) if smoothing_C is not None else (e_factor_C, e_factor_C)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.kernels.lce_backends import Plan, plan_for
+from tunesmith.kernels.lce_backends import plan_for
 from tunesmith.kernels.lce_head import Head
 from tunesmith.kernels.lce_rows import Rows
 
@@ -42,15 +42,7 @@ def over_chunks(
     max_slab_bytes: int | None,
 ) -> Found:
     """Runs the back end over all rows; the head's gradients add up in the head."""
-    with torch.cuda.device_of(hidden_ND):  # Triton launches on the current device, whatever its tensors are on
-        return _over_chunks(
-            head, hidden_ND, labels_N, coefficient_N, plan_for(backend, head, hidden_ND, max_slab_bytes)
-        )
-
-
-def _over_chunks(
-    head: Head, hidden_ND: torch.Tensor, labels_N: torch.Tensor, coefficient_N: torch.Tensor, plan: Plan
-) -> Found:
+    plan = plan_for(backend, head, hidden_ND, max_slab_bytes)
     if plan.backend == "torch" and hidden_ND.device.type == "cpu":
         head.widen()
     unit = _unit(coefficient_N, hidden_ND.dtype) if head.wants_gradient else None

@@ -52,27 +52,9 @@ def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Pa
     return overrides
 
 
-def losses(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
-    """On every rank: a run left without a word after so many of its own steps, each time, and taken up again."""
-    from tunesmith.train.loop import Loop
-
-    found: dict[int, float] = {}
-    started_at = []
-    for limit in [*stop_after, None]:
-        with rank.ready(overrides, run_dir) as (run, recorder):
-            loop = Loop(run)
-            first = run.state.step
-            started_at.append(first)
-            if limit is None:
-                loop.train()
-            else:
-                run.engine.train()
-                for _ in range(limit):
-                    loop._one_step()
-                    if loop._due(run.config.checkpoint.every_steps):
-                        loop._save()
-            found |= {first + index: loss for index, loss in enumerate(recorder.losses)}
-    return {"losses": [found[step] for step in range(NUM_STEPS)], "started_at": started_at}
+def in_pieces(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
+    """On every rank: what Rank.train_in_pieces() gives."""
+    return rank.train_in_pieces(overrides, run_dir, stop_after)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +71,10 @@ def test_losses_after_two_resumes_are_bitwise_those_of_one_run(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, adapter: str
 ) -> None:
     overrides = overrides_of(stage, adapter)
-    alone = ranks(2).run(losses, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])
-    taken_up = ranks(2).run(losses, overrides=overrides, run_dir=str(tmp_path / "taken-up"), stop_after=[5, 4])
+    alone = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])
+    taken_up = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "taken-up"), stop_after=[5, 4])
     assert taken_up[0]["started_at"] == [0, 3, 6]
+    assert len(alone[0]["losses"]) == NUM_STEPS
     assert taken_up[0]["losses"] == alone[0]["losses"]
     assert taken_up[1]["losses"] == alone[1]["losses"]
 
@@ -169,7 +152,7 @@ def test_the_same_command_goes_on_bitwise_after_being_killed_twice(
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log.txt"
     overrides = overrides_of(stage, adapter, "cluster.device=cpu")
-    alone = ranks(2).run(losses, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])[0]["losses"]
+    alone = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])[0]["losses"]
     lots = random.Random(stage)
     for step in (lots.randint(4, 6), lots.randint(8, 12)):
         processes = start([*overrides, f"output_dir={run_dir}"], rank_environments(2), log)

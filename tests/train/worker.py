@@ -87,6 +87,30 @@ class Rank:
             Loop(run).train()
         return recorder
 
+    def train_in_pieces(self, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
+        """A run left without a word after so many of its own steps, each time, and taken up again.
+
+        Gives the loss of every step, the step at which each piece started, and how often the validation split was seen.
+        """
+        found: dict[int, float] = {}
+        started_at, num_evaluations = [], 0
+        for limit in [*stop_after, None]:
+            with self.ready(overrides, run_dir) as (run, recorder):
+                loop, first = Loop(run), run.state.step
+                if limit is None:
+                    loop.train()
+                else:
+                    run.engine.train()
+                    for _ in range(limit):
+                        loop._one_step()
+                        if loop._due(run.config.checkpoint.every_steps):
+                            loop._save()
+                found |= {first + index: loss for index, loss in enumerate(recorder.losses)}
+                started_at.append(first)
+                num_evaluations += len(recorder.evaluations)
+        losses = [found[step] for step in range(len(found))]
+        return {"losses": losses, "started_at": started_at, "num_evaluations": num_evaluations}
+
 
 def load(file: str, loaded: dict[str, Any]) -> Any:
     if file not in loaded:
