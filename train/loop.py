@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.train import export
+from tunesmith.train.ballot import Ballot, Verdict
 from tunesmith.train.data.order import split_global_batch
 from tunesmith.train.data.store import MicroBatch
 from tunesmith.train.distributed import max_over_ranks, sum_over_ranks
@@ -14,23 +15,28 @@ from tunesmith.train.engine import Engine
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.profile import Profiler
+from tunesmith.train.progress import reach, spoiled
 from tunesmith.train.run_folder import best_folder
 from tunesmith.train.setup import Run
 from tunesmith.train.state import Step
 
+NOTHING_TO_SAY = Ballot()
 
-def optimizer_step(engine: Engine, micro_batches: list[MicroBatch]) -> Step:
+
+def optimizer_step(engine: Engine, micro_batches: list[MicroBatch], ballot: Ballot = NOTHING_TO_SAY) -> Step:
     """Forward and backward over every micro batch, then one update of the weights.
 
     The loss is a sum over the targets of the whole global batch divided by their summed weight, so that it is the
-    same for every split into ranks and micro batches.
+    same for every split into ranks and micro batches. The ballot is what this rank has to tell the others.
     """
+    reach("meeting at a step")
     counts = sum_over_ranks(
         torch.tensor(
             [
                 sum(batch.target_weight for batch in micro_batches),
                 sum(batch.num_target_tokens for batch in micro_batches),
                 sum(batch.num_tokens for batch in micro_batches),
+                *ballot.row(engine.world),
             ],
             dtype=torch.float64,
         ).to(engine.device)
@@ -38,12 +44,15 @@ def optimizer_step(engine: Engine, micro_batches: list[MicroBatch]) -> Step:
     weight = counts[0].float()
     loss = torch.zeros((), device=engine.device, dtype=torch.float64)
     for batch in micro_batches:
-        micro_loss = engine.loss_sum(batch, divisor=weight)  # divided there: after it would be a rounding more
+        reach("forward")
+        micro_loss = spoiled(engine.loss_sum(batch, divisor=weight))  # divided there: after it would be a rounding more
+        reach("backward")
         engine.backward(micro_loss)
         loss += micro_loss.detach()
+    reach("update")
     update = engine.step()
-    mean, _, target_tokens, tokens = torch.cat([sum_over_ranks(loss)[None], counts]).tolist()
-    return Step(mean, update.grad_norm, update.applied, int(tokens), int(target_tokens))
+    mean, _, target_tokens, tokens, *said = torch.cat([sum_over_ranks(loss)[None], counts]).tolist()
+    return Step(mean, update.grad_norm, update.applied, int(tokens), int(target_tokens), Verdict.of(said))
 
 
 class Loop:
@@ -58,17 +67,22 @@ class Loop:
         """Trains until the last step or until the eval loss has stopped falling. Raises TrainingError."""
         self.run.engine.train()
         profiler = Profiler(self.run.config.profile, self.run.run_dir, self.run.world, self.run.engine.device)
+        self._between_steps()  # a run that was stopped before it evaluated does so now
         while self.run.state.step < self.run.total_steps and not self._out_of_patience():
             self._one_step()
             profiler.step(self.run.state.step)
-            if self._due(self.run.config.evaluate.every_steps):
-                self._evaluate()
-            if self._due(self.run.config.checkpoint.every_steps):
-                self._save()
+            self._between_steps()
         profiler.stop()
         if self.run.data.validation is not None and self.run.state.evaluated_step != self.run.state.step:
             self._evaluate()
         if self.run.config.checkpoint.at_end:
+            self._save()
+
+    def _between_steps(self) -> None:
+        state = self.run.state
+        if self._due(self.run.config.evaluate.every_steps) and state.evaluated_step != state.step:
+            self._evaluate()
+        if self._due(self.run.config.checkpoint.every_steps):
             self._save()
 
     def _out_of_patience(self) -> bool:
@@ -79,7 +93,7 @@ class Loop:
         return True
 
     def _due(self, every_steps: int | None) -> bool:
-        return bool(every_steps) and self.run.state.step % (every_steps or 1) == 0
+        return bool(every_steps) and self.run.state.step > 0 and self.run.state.step % (every_steps or 1) == 0
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro batches of a step, counted from 0, on the device."""
@@ -96,11 +110,12 @@ class Loop:
 
     def _one_step(self) -> None:
         started = time.monotonic()
+        reach("reading data", self.run.state.step)
         micro_batches = self.micro_batches(self.run.state.step)
         data_seconds = time.monotonic() - started
         learning_rate = self.run.config.optimizer.learning_rate * self.run.learning_rate_factor(self.run.state.step)
         self.run.engine.set_learning_rate(learning_rate)
-        step = optimizer_step(self.run.engine, micro_batches)
+        step = optimizer_step(self.run.engine, micro_batches, self._ballot())
         seconds = time.monotonic() - started
         self._count(step, seconds)
         self.run.reporter.step(
@@ -112,6 +127,10 @@ class Loop:
             data_seconds=data_seconds,
         )
         self._check_skips(step)
+
+    def _ballot(self) -> Ballot:
+        """What this rank has to tell the others at this step."""
+        return Ballot()
 
     def _count(self, step: Step, seconds: float) -> None:
         state = self.run.state
@@ -154,6 +173,7 @@ class Loop:
         if self.run.data.validation is None:
             return
         self.run.reporter.phase("evaluating")
+        reach("evaluating")
         metrics = self.measure()
         self.run.state.evaluated_step, self.run.state.evaluation = self.run.state.step, metrics
         self.run.reporter.evaluation(self.run.state.step, metrics)
@@ -171,6 +191,7 @@ class Loop:
     def write_model(self) -> Path:
         """Writes the live weights as the run's best so far. Every rank calls it."""
         self.run.reporter.phase("writing the model")
+        reach("writing the model")
         folder = best_folder(self.run.run_dir, self.run.state.step)
         export.write(self.run.engine, self.run.tokenizer, self.run.config, folder)
         if self.run.world.rank == 0:
@@ -181,6 +202,7 @@ class Loop:
         if self.run.state.step in self.run.checkpoints.steps():
             return
         self.run.reporter.phase("saving a checkpoint")
+        reach("saving")
         started = time.monotonic()
         self.run.checkpoints.save(self.run.engine, self.run.state)
         self.run.reporter.saved(self.run.state.step, max_over_ranks(time.monotonic() - started, self.run.engine.device))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from tunesmith.train.ballot import Verdict
+
 
 @dataclass(frozen=True)
 class Step:
@@ -12,6 +14,7 @@ class Step:
     applied: bool
     tokens: int
     target_tokens: int
+    verdict: Verdict  # what the ranks told each other in it
 
 
 @dataclass

@@ -1,0 +1,110 @@
+"""Faults on purpose, for tests: nothing happens unless TUNESMITH_FAULTS is set.
+
+    TUNESMITH_FAULTS="kill:rank=1,step=3,phase=forward; nan:rank=0,step=5"
+
+Each fault strikes once in a process, when its rank reaches the phase (any, unless given) with that many optimizer steps
+done (any, unless given). `seconds` is for slow and sleep; `restart` strikes only in the process that
+TUNESMITH_RESTART numbers so (0, unless given).
+"""
+
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+VARIABLE = "TUNESMITH_FAULTS"
+RESTART = "TUNESMITH_RESTART"
+KINDS = ("kill", "exit", "raise", "sleep", "stop", "gil", "slow", "nan", "inf", "spike", "oom", "term", "int", "usr1")
+LOSS_FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 50.0}
+SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "int": "SIGINT", "usr1": "SIGUSR1"}
+
+
+@dataclass
+class Fault:
+    """One planned fault; None matches everything. last_step: strikes again at each step up to it."""
+
+    kind: str
+    rank: int | None = None
+    step: int | None = None
+    last_step: int | None = None
+    phase: str | None = None
+    seconds: float = 3600.0
+    restart: int = 0
+    struck: bool = False
+
+    def strikes(self, rank: int, step: int, phase: str) -> bool:
+        repeats = self.last_step is not None
+        return (
+            (repeats or not self.struck)
+            and self.rank in (None, rank)
+            and (self.step is None or self.step <= step <= (self.last_step or self.step))
+            and self.phase in (None, phase)
+        )
+
+
+class FaultPlan:
+    """The faults of this process."""
+
+    def __init__(self, faults: list[Fault], rank: int) -> None:
+        self.faults = faults
+        self.rank = rank
+
+    @classmethod
+    def from_environment(cls) -> "FaultPlan | None":
+        """None without TUNESMITH_FAULTS. Raises ValueError for a plan that is not understood."""
+        text = os.environ.get(VARIABLE, "").strip()
+        if not text:
+            return None
+        restart = int(os.environ.get(RESTART, "0"))
+        faults = [parse(part) for part in text.split(";") if part.strip()]
+        return cls([fault for fault in faults if fault.restart == restart], int(os.environ.get("RANK", "0")))
+
+    def strike(self, step: int, phase: str) -> None:
+        """What is planned for this place, other than spoiled losses."""
+        for fault in self.faults:
+            if fault.kind not in LOSS_FACTORS and fault.strikes(self.rank, step, phase):
+                fault.struck = True
+                act(fault)
+
+    def loss_factor(self, step: int) -> float:
+        """What the loss of this rank's next forward is multiplied by."""
+        for fault in self.faults:
+            if fault.kind in LOSS_FACTORS and fault.strikes(self.rank, step, "forward"):
+                fault.struck = True
+                return LOSS_FACTORS[fault.kind]
+        return 1.0
+
+
+def parse(text: str) -> Fault:
+    """One fault from `kind:name=value,...`. Raises ValueError."""
+    kind, _, rest = text.strip().partition(":")
+    if kind not in KINDS:
+        raise ValueError(f"{VARIABLE}: there is no fault {kind!r}; there are {', '.join(KINDS)}.")
+    fault = Fault(kind, seconds=0.3 if kind == "slow" else 3600.0)
+    for pair in filter(None, rest.split(",")):
+        name, _, value = pair.strip().partition("=")
+        if name not in ("rank", "step", "last_step", "phase", "seconds", "restart"):
+            raise ValueError(f"{VARIABLE}: a fault has no {name!r}.")
+        number = float if name == "seconds" else int
+        setattr(fault, name, value if name == "phase" else number(value))
+    return fault
+
+
+def act(fault: Fault) -> None:
+    if fault.kind in SIGNALS:
+        os.kill(os.getpid(), getattr(signal, SIGNALS[fault.kind]))
+    elif fault.kind == "exit":
+        os._exit(0)
+    elif fault.kind == "raise":
+        raise RuntimeError("planned fault")
+    elif fault.kind in ("sleep", "slow"):
+        time.sleep(fault.seconds)
+    elif fault.kind == "gil":
+        re.match(r"(a+)+$", "a" * 64 + "b")  # years, and no other thread runs meanwhile
+    elif fault.kind == "oom":
+        held = []
+        while True:
+            held.append(bytearray(64 * 2**20))
+            sys.stderr.flush()

@@ -1,0 +1,42 @@
+"""Where this process is in its run: the step and the phase.
+
+The watchdog reads it to tell a slow rank from one that stands still, an error says where it happened by it, and
+planned faults (fault_plan.py) strike by it.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from tunesmith.train.fault_plan import FaultPlan
+
+
+@dataclass
+class Progress:
+    """Of this process. `changed` is on the monotonic clock, in seconds."""
+
+    step: int = 0  # optimizer steps done
+    phase: str = "starting"
+    changed: float = field(default_factory=time.monotonic)
+    num_changes: int = 0
+    plan: FaultPlan | None = None
+
+
+progress = Progress(plan=FaultPlan.from_environment())
+
+
+def reach(phase: str, step: int | None = None) -> None:
+    """This process is now in a phase, with that many optimizer steps done. Cheap enough for every micro batch."""
+    progress.phase = phase
+    if step is not None:
+        progress.step = step
+    progress.changed = time.monotonic()
+    progress.num_changes += 1
+    if progress.plan is not None:
+        progress.plan.strike(progress.step, phase)
+
+
+def spoiled(loss: torch.Tensor) -> torch.Tensor:
+    """The loss as it is, or as a planned fault makes it."""
+    return loss if progress.plan is None else loss * progress.plan.loss_factor(progress.step)
