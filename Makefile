@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format docs bench bench-gpu kernels-check kernels-report clean
+.PHONY: help demo test test-slow torture test-gpu lint format docs bench bench-gpu bench-crash kernels-check kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -22,19 +22,23 @@ demo: $(INSTALLED)  ## fine-tune the support bot on two ranks, then ask it every
 	$(BIN)/python launch/demo.py
 
 test: $(INSTALLED)  ## the tests
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not torture and not gpu"
 
 test-slow: $(INSTALLED)  ## the wide matrices, which take longer
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not torture and not gpu"
+
+torture: $(INSTALLED)  ## every fault of the torture table, written into docs/reliability.md
+	$(BIN)/pytest -n 2 --dist loadscope -m "row and not slow" -q --torture-table docs/reliability.md
 
 # Kernels are compiled by four processes at once: that is what their tests wait for.
 test-gpu: $(INSTALLED)  ## what only a GPU can show
 	$(BIN)/pytest -m gpu -n 4 --dist worksteal tests/kernels
 	$(BIN)/pytest -m gpu --ignore=tests/kernels
 
-lint: $(INSTALLED)  ## ruff and mypy
+lint: $(INSTALLED)  ## ruff, mypy, and that nothing here can run what it reads
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tunesmith.launch.unsafe_code
 	$(BIN)/mypy
 
 format: $(INSTALLED)  ## let ruff put the code in order
@@ -53,6 +57,10 @@ bench-gpu: $(INSTALLED)  ## the kernels against Liger, CCE, PEFT and others, on 
 	$(BIN)/python bench/gpu_probe.py --seconds 60
 	$(BIN)/python bench/gpu_loss.py --seconds 130
 	$(BIN)/python bench/gpu_lora.py --seconds 90
+
+bench-crash: $(INSTALLED)  ## crashes, flipped bits and resuming, beside transformers.Trainer with DeepSpeed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python bench/crash_peer.py
 
 kernels-check: $(INSTALLED)  ## the proof of the kernels that needs no GPU, with its figures
 	$(BIN)/python bench/kernels_check.py

@@ -84,7 +84,7 @@ def write(cache: Path, key: str, picks: dict[str, Any], check: Callable[[Any], o
         kept = read(cache, check)
     kept.setdefault(key, {}).update(picks)
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.parent.mkdir(0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False, encoding="utf-8") as file:
             json.dump({"format": FORMAT, "machines": kept}, file, indent=1)
         os.replace(file.name, cache)

@@ -1,6 +1,5 @@
 """Command lines of the launch scripts, and how their errors end."""
 
-import os
 import re
 import sys
 import time
@@ -8,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from tunesmith.train.errors import ConfigError, TunesmithError
+from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError, Stopped, TunesmithError
+from tunesmith.train.redact import print_traceback, redact_text, redact_uncaught
+from tunesmith.train.stop import end, rank_in_environment, report_end
 
-EXIT_MISTAKE = 2  # the user's input cannot be run
+EXIT_INTERRUPTED = 130  # Ctrl-C in a script that has nothing to save
 OTHERS_WAIT_SECONDS = 15.0  # for rank 0 to have said it first
 
 
@@ -76,16 +77,26 @@ def main(body: Callable[[list[str]], object]) -> NoReturn:
 
     Where several ranks meet the same mistake, rank 0 says it and the others give the launcher time to end them.
     """
+    redact_uncaught()
     try:
         body(without_local_rank(sys.argv[1:]))
-    except TunesmithError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) > 0:
-            time.sleep(OTHERS_WAIT_SECONDS)
-        sys.stderr.write(f"{error}\n")
+    except Stopped as stopped:
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(EXIT_MISTAKE)
+        end(EXIT_STOPPED, stopped.reason)
+    except TunesmithError as error:
+        if rank_in_environment() > 0:
+            time.sleep(OTHERS_WAIT_SECONDS)
+        sys.stderr.write(f"{redact_text(str(error))}\n")
+        sys.stderr.flush()
+        end(EXIT_MISTAKE)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.stderr.flush()
-        os._exit(130)
+        end(EXIT_INTERRUPTED)
+    except Exception as error:  # said here: W&B puts a hook before ours that would quote it with the secrets in it
+        print_traceback(error)
+        report_end(1)
+        sys.exit(1)
+    report_end(0)
     sys.exit(0)

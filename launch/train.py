@@ -17,9 +17,16 @@ from pathlib import Path
 
 from tunesmith.launch.arguments import main, take_option
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.stop import stop_request
 
 
 def train(arguments: list[str]) -> None:
+    """Trains, or stops when it is asked to: from here on a signal saves what there is to save."""
+    with stop_request.listening():
+        compose_and_train(arguments)
+
+
+def compose_and_train(arguments: list[str]) -> None:
     """Composes and checks the config before anything heavy is imported, then runs."""
     from tunesmith.train.compose import CONF_DIR, compose_config
 
@@ -38,7 +45,9 @@ def train(arguments: list[str]) -> None:
     if show:
         import yaml
 
-        sys.stdout.write(yaml.safe_dump(composed.resolved, sort_keys=False))
+        from tunesmith.train.redact import redact
+
+        sys.stdout.write(yaml.safe_dump(redact(composed.resolved), sort_keys=False))
         return
     from tunesmith.train.run import run
 

@@ -1,4 +1,4 @@
-"""What the ranks tell each other once a step, inside the reduction that counts the tokens: it costs no collective."""
+"""What the ranks tell each other once a step, inside the reduction of its loss: it costs no collective."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from tunesmith.train.distributed import World
 
 @dataclass(frozen=True)
 class Ballot:
-    """What one rank has to say at a step."""
+    """What one rank has to say at the end of a step."""
 
     stop: bool = False  # it was asked to end: a signal, or its time is nearly over
     save: bool = False  # its clock says that a checkpoint is due

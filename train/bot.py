@@ -6,7 +6,7 @@ from threading import Thread
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
 from tunesmith.train import run_folder
 from tunesmith.train.compose import load_resolved
@@ -16,7 +16,8 @@ from tunesmith.train.data.template import visible_answer
 from tunesmith.train.distributed import World
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.generate import answers, own_generation_config_only, room_for
-from tunesmith.train.model import open_model
+from tunesmith.train.model import open_model, quiet_transformers
+from tunesmith.train.tokenizer import open_tokenizer
 
 
 class Bot:
@@ -32,7 +33,8 @@ class Bot:
                 f"{run_dir} has no model yet.", at="run", do="let the training finish, or give another run."
             )
         self.config = load_resolved(run_dir / run_folder.CONFIG)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        with quiet_transformers():
+            self.tokenizer = open_tokenizer(folder, self.config.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = open_model(folder, self.config).to(self.device)
         self.stop_ids = stop_token_ids(self.tokenizer)

@@ -3,181 +3,288 @@
 <run>/checkpoints/step-000100/
     engine/            DeepSpeed's shards: weights, optimizer state, loss scale (adapter runs leave frozen weights out)
     rank-00000.safetensors and .json   random-number state of each rank
+    rank-00000.files.json              what each rank has written, with digests
     state.json         counters of the loop
-    MANIFEST.json      written last: what must be there, with sizes; a folder without it is not a checkpoint
+    MANIFEST.json      written last: what it is a checkpoint of, and size and SHA-256 of every file
 
-A save is staged in a folder of another name and renamed by rank 0 once every rank has written its part.
+A save is staged in step-000100.tmp-<random>. Each rank writes its files and makes sure of them; once all ranks say that
+they have, rank 0 writes the manifest and renames the folder: before that rename there is no such checkpoint, and after
+it, it is never written to again. latest.json beside the folders names the newest, for people: loading does not read it.
 """
 
 import json
 import os
-import random
-import re
-import shutil
-from dataclasses import asdict
+import secrets
+import threading
+import time
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from tunesmith.train import distributed
-from tunesmith.train.distributed import World
+from tunesmith.train import conversion, durable
+from tunesmith.train.background_writer import Part
+from tunesmith.train.ballot import Verdict
+from tunesmith.train.checkpoint_find import FOLDER, Found, published, set_aside_after, step_folder
+from tunesmith.train.checkpoint_publish import point_to, prune, publish
+from tunesmith.train.config import CheckpointConfig
+from tunesmith.train.distributed import World, broadcast_text, first_problem
 from tunesmith.train.errors import TrainingError
-from tunesmith.train.run_folder import write_json
+from tunesmith.train.manifest import Identity
+from tunesmith.train.random_state import load_random_state, random_state_files, seed_rank
+from tunesmith.train.reporter import Reporter
 from tunesmith.train.state import RunState
 
 if TYPE_CHECKING:
     from tunesmith.train.engine import Engine
 
-STEP_FOLDER = re.compile(r"step-(\d{6,})$")
+SPARE = 1.2  # of the last checkpoint's size, free before the next is begun
+
+
+@dataclass
+class Save:
+    """A checkpoint under way."""
+
+    state: RunState  # as it was when the save began
+    part: Part
+    target: Path
+    started: float
+    stall_seconds: float = 0.0  # that the step loop has lost to it
+    publisher: threading.Thread | None = None  # rank 0's, once all ranks have written
+    publishing: bool = False
+    publish_problem: str = ""
+    num_bytes: int = 0
+    note: str = ""
+
+    @property
+    def unwritten(self) -> bool:
+        return self.part.unwritten or (self.publisher is not None and self.publisher.is_alive())
+
+    @property
+    def problem(self) -> str:
+        return self.part.problem or self.publish_problem
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder. Every rank calls each method at the same point of the run."""
 
-    def __init__(self, run_dir: Path, *, keep_last: int, fingerprint: dict[str, object], world: World) -> None:
-        self.folder = run_dir / "checkpoints"
-        self._keep_last = keep_last
-        self._fingerprint = fingerprint
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: CheckpointConfig,
+        identity: Identity,
+        world: World,
+        device: torch.device,
+        reporter: Reporter,
+    ) -> None:
+        self.run_dir = run_dir
+        self.saved_step: int | None = None  # of the newest checkpoint of this run, the same on every rank
+        self._settings = settings
+        self._identity = identity
         self._world = world
+        self._device = device
+        self._reporter = reporter
+        self._save: Save | None = None
+        self._failed_in_row = 0
+        self._last_bytes = 0
+        self._loaded: Path | None = None
+        self._clock = time.monotonic()
+        self.save_seconds = 0.0  # of the last save, from its beginning until it was published
 
-    def save(self, engine: "Engine", state: RunState) -> Path:
-        """Writes the state after state.step steps. Every rank calls it; raises TrainingError when one cannot write."""
-        target = self.folder / f"step-{state.step:06d}"
-        if target.exists():
+    @property
+    def folder(self) -> Path:
+        return self.run_dir / FOLDER
+
+    @property
+    def clock_says_save(self) -> bool:
+        """True on rank 0 when checkpoint.every_minutes have passed; the others go by its word (Ballot.save)."""
+        minutes = self._settings.every_minutes
+        return self._world.rank == 0 and minutes is not None and time.monotonic() - self._clock >= 60 * minutes
+
+    @property
+    def unwritten(self) -> bool:
+        """True while this rank still writes a checkpoint in the background (Ballot.unwritten)."""
+        return self._save is not None and self._save.unwritten
+
+    @property
+    def failed(self) -> bool:
+        """True when this rank could not write its part (Ballot.failed)."""
+        return self._save is not None and bool(self._save.problem)
+
+    def save(self, engine: "Engine", state: RunState) -> Path | None:
+        """Writes the state after state.step steps, in the background with checkpoint.async_save.
+
+        Waits for a save that is under way. One that fails leaves a warning; TrainingError after too many in a row.
+        Returns the checkpoint; None when there is none, or none yet.
+        """
+        self.settle()
+        if self.saved_step == state.step:
+            return self._path(state.step)
+        self._clock = started = time.monotonic()
+        durable.save_begins()
+        target = step_folder(self.run_dir, state.step)
+        staged, problem = self._begin(target)
+        if problem:
+            self._count_failure(state.step, problem)
+            return None
+        if staged is None:
+            self.saved_step = state.step  # it is there already, and stays as it is
             return target
-        staged = self.folder / f".staged-step-{state.step:06d}"
+        part = Part(staged, self._world.rank, background=self._settings.async_save)
+        engine.save(staged, part)
+        for name, data in random_state_files(self._world.rank).items():
+            part.add_bytes(name, data)
         if self._world.rank == 0:
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
-        distributed.barrier()
-        problem = ""
-        try:
-            engine.save(staged)
-            _save_random_state(staged, self._world.rank)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-            problem = str(error).splitlines()[0]
-        if not distributed.all_ranks(not problem, engine.device):
-            shutil.rmtree(staged, ignore_errors=True)
-            raise TrainingError(
-                f"a checkpoint could not be written. {problem}",
-                at=str(target),
-                do="free space there; older checkpoints are whole.",
-            )
-        try:
+            part.add_bytes("state.json", durable.json_bytes(asdict(state)))
+        part.finish()
+        copied = RunState(**asdict(state))
+        self._save = Save(copied, part, target, started, stall_seconds=time.monotonic() - started)
+        if self._settings.async_save:
+            return None
+        self.settle()
+        return target if self.saved_step == state.step else None
+
+    def advance(self, verdict: Verdict, step: int) -> None:
+        """Between two steps: publishes what all ranks have written meanwhile, or gives it up. Waits for nothing."""
+        save = self._save
+        if save is None or verdict.unwritten:
+            return
+        started = time.monotonic()
+        if save.publishing or verdict.failed:
+            self._end(save, first_problem(save.problem, self._device), step, started)
+        else:
+            save.publishing = True
             if self._world.rank == 0:
-                self._publish(staged, target, state)
-        except OSError as error:
-            problem = str(error)
-        if not distributed.all_ranks(not problem, engine.device):
-            raise TrainingError(f"a checkpoint could not be put in place. {problem}", at=str(target))
-        return target
+                save.publisher = threading.Thread(target=self._publish, args=(save,), name="publisher", daemon=True)
+                save.publisher.start()
+            save.stall_seconds += time.monotonic() - started
 
-    def _publish(self, staged: Path, target: Path, state: RunState) -> None:
-        write_json(staged / "state.json", asdict(state))
-        sizes = {str(f.relative_to(staged)): f.stat().st_size for f in sorted(staged.rglob("*")) if f.is_file()}
-        manifest = {"format": 1, "step": state.step, "fingerprint": self._fingerprint, "files": sizes}
-        write_json(staged / "MANIFEST.json", manifest)
-        os.replace(staged, target)
-        self._prune(state.best_step)
+    def settle(self, step: int | None = None) -> None:
+        """Until no save is under way: at the end, before the weights change hands, and when the run is stopped."""
+        save = self._save
+        if save is None:
+            return
+        started = time.monotonic()
+        save.part.wait()
+        problem = first_problem(save.part.problem, self._device)
+        if not problem:
+            if save.publisher is not None:
+                save.publisher.join()
+            elif self._world.rank == 0:
+                self._publish(save)
+            problem = first_problem(save.publish_problem, self._device)
+        self._end(save, problem, save.state.step if step is None else step, started)
 
-    def _prune(self, best_step: int | None) -> None:
-        kept = set(self.steps()[-self._keep_last :]) | {best_step}
-        for step in self.steps():
-            if step not in kept:
-                shutil.rmtree(self.folder / f"step-{step:06d}")
+    def load(self, engine: "Engine", found: Found, *, converted: Path | None, seed: int) -> RunState:
+        """Restores engine, random numbers and counters from a checkpoint that choose() has found whole.
+
+        converted: its engine files, made fit for these ranks and this stage, where they are not.
+        """
+        if converted:
+            engine.load_converted(converted)
+        else:
+            engine.load(found.path)
+        if not load_random_state(found.path, self._world.rank):
+            seed_rank(seed, self._world.rank, found.manifest.step)
+        tree = json.loads((found.path / "state.json").read_text(encoding="utf-8"))
+        known = {entry.name for entry in fields(RunState)}
+        if found.path.parent == self.folder:
+            self.saved_step = found.manifest.step
+        self._loaded, self._last_bytes = found.path, found.manifest.num_bytes
+        return RunState(**{name: value for name, value in tree.items() if name in known})
+
+    def forget_after(self, step: int) -> None:
+        """Sets aside the checkpoints of later steps: the run goes back to this one, and must not find them again.
+
+        Raises TrainingError, on all ranks, when that cannot be done.
+        """
+        self.settle()
+        left = set_aside_after(self.run_dir, step) if self._world.rank == 0 else []
+        if problem := first_problem(", ".join(left), self._device):
+            raise TrainingError(f"checkpoints of later steps could not be set aside. {problem}.", at=str(self.folder))
+        self.saved_step = min(step, self.saved_step) if self.saved_step is not None else None
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = [(STEP_FOLDER.match(path.name), path) for path in self.folder.iterdir()]
-        return sorted(int(match[1]) for match, path in found if match and (path / "MANIFEST.json").is_file())
+        """Steps with a published checkpoint, oldest first."""
+        return sorted(int(path.name.removeprefix("step-")) for path in published(self.run_dir))
 
     def newest(self) -> Path | None:
-        steps = self.steps()
-        return self.folder / f"step-{steps[-1]:06d}" if steps else None
+        return self._path(self.saved_step) if self.saved_step is not None else None
 
-    def load(self, engine: "Engine", path: Path) -> RunState:
-        """Restores engine, random numbers and counters from one checkpoint. Every rank calls it."""
-        check(path, self._fingerprint)
-        engine.load(path)
-        _load_random_state(path, self._world.rank)
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return RunState(**state)
+    def _path(self, step: int) -> Path:
+        return step_folder(self.run_dir, step)
 
+    def _begin(self, target: Path) -> tuple[Path | None, str]:
+        """The staged folder, None when the step is there already, and what is wrong; the same on every rank."""
+        problem = first_problem(self._lack_of_space(), self._device)
+        if problem:
+            return None, problem
+        answer = {"folder": "", "problem": ""}
+        if self._world.rank == 0 and not target.exists():
+            staged = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+            answer["folder"] = str(staged)
+            try:
+                durable.make_folder(staged)
+            except OSError as error:
+                answer["problem"] = f"{error.strerror}: {staged}"
+        answer = json.loads(broadcast_text(json.dumps(answer), self._device))
+        return (Path(answer["folder"]) if answer["folder"] else None), answer["problem"]
 
-def find(resume: str, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from: auto looks in the run folder; a path is a checkpoint or a run folder.
+    def _lack_of_space(self) -> str:
+        folder = self.run_dir
+        while not folder.exists():
+            folder = folder.parent
+        disk = os.statvfs(folder)
+        free, needed = disk.f_bavail * disk.f_frsize, SPARE * self._last_bytes
+        if free >= needed:
+            return ""
+        return f"{free / 2**20:.0f} MiB are free, and a checkpoint needs {needed / 2**20:.0f} MiB"
 
-    Raises TrainingError when a path leads to none.
-    """
-    if resume == "never":
-        return None
-    root = run_dir if resume == "auto" else Path(resume).expanduser()
-    if (root / "MANIFEST.json").is_file():
-        return root
-    newest = Checkpoints(root, keep_last=1, fingerprint={}, world=World()).newest()
-    if newest is None and resume != "auto":
-        raise TrainingError(
-            "there is no checkpoint.", at=resume, do="give a run folder or one of its checkpoints/step-*."
+    def _publish(self, save: Save) -> None:
+        """Rank 0 alone, perhaps in a thread: nothing here may ask other ranks."""
+        save.publish_problem = "rank 0 did not come to its manifest"  # what a thread raises is heard by nobody
+        try:
+            save.num_bytes = publish(save.part.folder, save.target, save.state.step, self._identity)
+        except (OSError, ValueError) as error:
+            save.publish_problem = " ".join(str(error).split())
+            return
+        save.publish_problem = ""
+        try:
+            point_to(save.target, save.state.step)
+            conversion.forget(self.run_dir)
+            prune(self.run_dir, self._settings, keep={self._loaded}, best_step=save.state.best_step)
+        except OSError as error:
+            save.note = f"step {save.state.step}: saved, but not tidied up after: {error}"
+
+    def _end(self, save: Save, problem: str, step: int, started: float) -> None:
+        self._save = None
+        if problem and self._world.rank == 0:
+            durable.remove_tree(save.part.folder)
+        save.stall_seconds += time.monotonic() - started
+        if problem:
+            self._count_failure(save.state.step, problem)
+            return
+        durable.save_ends()
+        self.saved_step, self._failed_in_row, self._last_bytes = save.state.step, 0, save.num_bytes
+        if save.note:
+            self._reporter.warn(save.note)
+        self.save_seconds = time.monotonic() - save.started
+        self._reporter.saved(
+            max(step, save.state.step), save_seconds=self.save_seconds, stall_seconds=save.stall_seconds
         )
-    return newest
 
-
-def check(path: Path, fingerprint: dict[str, object]) -> None:
-    """Raises TrainingError when files are missing or cut short, or the checkpoint is of another run."""
-    try:
-        manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
-        sizes, saved = manifest["files"], manifest["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"MANIFEST.json cannot be read ({type(error).__name__}).", at=str(path), do="remove this checkpoint."
-        ) from None
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
+    def _count_failure(self, step: int, problem: str) -> None:
+        durable.save_ends()
+        self._failed_in_row += 1
+        limit = self._settings.max_failed_saves
+        if self._failed_in_row >= limit:
             raise TrainingError(
-                f"{name} is missing or cut short.",
-                at=str(path),
-                do="remove this checkpoint; the one before it will be used.",
+                f"{limit} checkpoints in a row could not be written. {problem}",
+                at=str(step_folder(self.run_dir, step)),
+                do="free space there; the checkpoints before it are whole, and the same command goes on from them.",
             )
-    for key, value in fingerprint.items():
-        if saved.get(key) != value:
-            raise TrainingError(
-                f"the checkpoint was made with {key}={saved.get(key)}, this run has {key}={value}.",
-                at=str(path),
-                do=f"set {key} back, or start anew with resume=never and another output_dir.",
-            )
-
-
-def _save_random_state(folder: Path, rank: int) -> None:
-    """Per rank and outside DeepSpeed's client state, which keeps only rank 0's under ZeRO 1 and 2."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.uint32).view(np.int32).copy()),
-    }
-    if torch.cuda.is_initialized():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, folder / f"rank-{rank:05d}.safetensors")
-    numpy_rest = {"name": str(name), "position": int(position), "has_gauss": int(has_gauss), "gauss": float(gauss)}
-    write_json(folder / f"rank-{rank:05d}.json", {"python": random.getstate(), "numpy": numpy_rest})
-
-
-def _load_random_state(folder: Path, rank: int) -> None:
-    tensors = load_file(folder / f"rank-{rank:05d}.safetensors")
-    rest = json.loads((folder / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
-    version, internal, gauss = rest["python"]
-    random.setstate((version, tuple(internal), gauss))
-    numpy_rest = rest["numpy"]
-    keys = tensors["numpy"].numpy().view(np.uint32)
-    np.random.set_state(
-        (numpy_rest["name"], keys, numpy_rest["position"], numpy_rest["has_gauss"], numpy_rest["gauss"])
-    )
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(tensors["cuda"])
+        self._reporter.warn(
+            f"step {step}: the checkpoint could not be written ({problem}); training goes on "
+            f"({self._failed_in_row} in a row, at {limit} the run ends)"
+        )

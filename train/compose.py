@@ -92,10 +92,27 @@ def compose_tree(overrides: Sequence[str], config_dir: Path | None = None) -> Di
 
 
 def load_resolved(path: Path) -> Config:
-    """The config of a run from the config.yaml beside it. Raises ConfigError when it does not fit the schema."""
+    """The config of a run from the config.yaml beside it. Raises ConfigError when it does not fit the schema.
+
+    It was written with every value resolved: a ${...} in it was put there later, and would read this environment.
+    """
     with _errors_in_our_words(Places([], [path.parent])):
-        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        loaded = OmegaConf.load(path)
+        if asks := _first_interpolation(OmegaConf.to_container(loaded)):
+            raise ConfigError(
+                f"{asks!r} stands in the config of a run, which holds plain values.",
+                at=str(path),
+                do="write the value itself.",
+            )
+        tree = OmegaConf.merge(OmegaConf.structured(Config), loaded)
         return _to_config(tree).config  # type: ignore[arg-type]
+
+
+def _first_interpolation(value: Any) -> str | None:
+    if isinstance(value, dict | list):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return next((found for part in parts if (found := _first_interpolation(part))), None)
+    return value if isinstance(value, str) and "${" in value else None
 
 
 def _to_config(tree: DictConfig) -> Composed:

@@ -15,6 +15,7 @@ from tunesmith.train.schema.around import (
     Device,
     EvaluateConfig,
     ProfileConfig,
+    ResumeConfig,
     TrackConfig,
     WandbMode,
 )
@@ -23,6 +24,7 @@ from tunesmith.train.schema.how import (
     BatchConfig,
     EngineConfig,
     Offload,
+    OnSpike,
     OptimizerConfig,
     Packing,
     Precision,
@@ -56,10 +58,12 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "Offload",
+    "OnSpike",
     "OptimizerConfig",
     "Packing",
     "Precision",
     "ProfileConfig",
+    "ResumeConfig",
     "ScheduleConfig",
     "ScheduleKind",
     "Targets",
@@ -87,7 +91,6 @@ class Config:
     name: str = "run"  # of the run: its folder, its W&B name
     seed: int = 0  # of the data order, the split, random weights and dropout
     output_dir: str | None = None  # the run folder; null: runs/<name>-<date>-<time>
-    resume: str = "auto"  # auto: from output_dir's newest checkpoint, if any; never; or a run folder or checkpoint
     kernels: Kernels = (
         Kernels.auto
     )  # of loss and LoRA: triton, torch, auto (triton on a GPU, else torch), or off: none of ours
@@ -100,6 +103,7 @@ class Config:
     schedule: ScheduleConfig
     engine: EngineConfig
     checkpoint: CheckpointConfig
+    resume: ResumeConfig
     evaluate: EvaluateConfig
     track: TrackConfig
     profile: ProfileConfig
@@ -114,6 +118,7 @@ class Config:
             )
         check_no_empty_text(self)
         self._check_evaluation()
+        self._check_rollback()
 
     def _check_evaluation(self) -> None:
         has_validation = bool(self.data.validation_sources or self.data.validation_fraction)
@@ -126,4 +131,13 @@ class Config:
         if self.evaluate.patience and not self.evaluate.every_steps:
             raise ConfigError(
                 "early stopping needs evaluations.", key="evaluate.patience", do="set evaluate.every_steps."
+            )
+
+    def _check_rollback(self) -> None:
+        saves = self.checkpoint.every_steps or self.checkpoint.every_minutes
+        if self.optimizer.on_spike is OnSpike.rollback and not saves:
+            raise ConfigError(
+                "optimizer.on_spike=rollback needs checkpoints to go back to.",
+                key="optimizer.on_spike",
+                do="set checkpoint.every_steps or checkpoint.every_minutes.",
             )

@@ -21,6 +21,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.train.outlet import outlet
+from tunesmith.train.redact import redact_text
+
 PLAIN_STEPS = 10  # a plain line about every so many steps,
 PLAIN_SECONDS = 5.0  # or so many seconds, less often the longer the run takes: up to a minute
 REDRAWS_PER_SECOND = 8.0
@@ -36,8 +39,8 @@ class Console:
     """
 
     def __init__(self, *, plain: bool | None = None) -> None:
-        self._rich = RichConsole(highlight=False, emoji=False, soft_wrap=True)
-        self._stderr = RichConsole(highlight=False, emoji=False, soft_wrap=True, stderr=True)
+        self._rich = RichConsole(highlight=False, emoji=False, soft_wrap=True, file=outlet("stdout"))
+        self._stderr = RichConsole(highlight=False, emoji=False, soft_wrap=True, file=outlet("stderr"))
         self.plain = plain if plain is not None else not self._rich.is_terminal or self._rich.is_dumb_terminal
         self._live: Live | None = None
         self._total_steps = 0
@@ -63,15 +66,17 @@ class Console:
 
     def print(self, renderable_or_text: RenderableType) -> None:
         """Above the live line. A string is printed as it is; it is not markup."""
+        if isinstance(renderable_or_text, str):
+            renderable_or_text = redact_text(renderable_or_text)
         self._rich.print(renderable_or_text, markup=False)
 
     def warn(self, text: str) -> None:
-        self._rich.print(Text.assemble(("warning: ", "bold yellow"), text))
+        self._rich.print(Text.assemble(("warning: ", "bold yellow"), redact_text(text)))
 
     def error(self, text: str) -> None:
         """To stderr, after the live line is put away."""
         self._stop()
-        self._stderr.print(Text(text, style="red"))
+        self._stderr.print(Text(redact_text(text), style="red"))
 
     def begin(self, total_steps: int, first_step: int) -> None:
         """Training starts, or goes on from first_step; the clock for the time left starts too."""
@@ -115,7 +120,7 @@ class Console:
 
     def phase(self, text: str) -> None:
         """What happens between steps: `saving checkpoint`, `generating answers 40/100`."""
-        now = time.monotonic()
+        now, text = time.monotonic(), redact_text(text)
         same_kind = re.sub(r"\d+", "", text) == re.sub(r"\d+", "", self._phase)
         self._phase = text
         if not text or (same_kind and now - self._drawn_at < (PLAIN_SECONDS if self.plain else 1 / REDRAWS_PER_SECOND)):
@@ -139,7 +144,8 @@ class Console:
         self._stop()
 
     def _table(self, rows: list[tuple[str, str]], title: str) -> None:
-        self._rich.print(Text(title, style="bold"))
+        rows = [(name, redact_text(value)) for name, value in rows]
+        self._rich.print(Text(redact_text(title), style="bold"))
         if self.plain:  # a log file has no width at which rows should fold
             width = max((len(name) for name, _ in rows), default=0)
             for name, value in rows:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tunesmith.train.config import Device
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.rendezvous import meet
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class World:
     @property
     def num_nodes(self) -> int:
         return self.world_size // self.local_world_size
+
+    @property
+    def node_rank(self) -> int:
+        return self.rank // self.local_world_size
 
 
 def world_from_environment() -> World:
@@ -59,8 +64,17 @@ def choose_device(device: Device, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def start(world: World, device: torch.device, timeout_minutes: float) -> None:
-    """Meets the other ranks: NCCL on GPUs, gloo on CPUs. One process meets itself, through no network."""
+def start(
+    world: World, device: torch.device, timeout_minutes: float, *, start_minutes: float | None = None
+) -> dist.Store:
+    """Meets the other ranks: NCCL on GPUs, gloo on CPUs. One process meets itself, through no network.
+
+    Args:
+        timeout_minutes: after which a collective fails.
+        start_minutes: that ranks wait for each other to come; None: as for a collective.
+    Returns: the store that all ranks share.
+    Raises: TrainingError when the port is taken or a rank does not come.
+    """
     env = os.environ
     env.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
     if device.type == "cuda":
@@ -68,13 +82,19 @@ def start(world: World, device: torch.device, timeout_minutes: float) -> None:
     elif "OMP_NUM_THREADS" not in env:  # ranks that each take every core fight for them, at a tenth of the speed
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=timeout_minutes)
-    if world.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
-    if "MASTER_ADDR" not in env:
+    if world.world_size > 1 and "MASTER_ADDR" not in env:
         env["MASTER_ADDR"], env["MASTER_PORT"] = _slurm_rendezvous()
-    dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=timeout)
+    store: dist.Store = dist.HashStore()
+    if world.world_size > 1:
+        store = meet(world.rank, world.world_size, start_minutes or timeout_minutes)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    return store
 
 
 def _slurm_rendezvous() -> tuple[str, str]:
@@ -85,6 +105,24 @@ def _slurm_rendezvous() -> tuple[str, str]:
         ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
     )
     return listed.stdout.split()[0], str(20000 + int(env["SLURM_JOB_ID"]) % 10000)
+
+
+def num_collectives() -> int:
+    """How many collectives this process has issued, over all process groups; any thread may ask.
+
+    DeepSpeed makes groups of its own. The names are torch's inner ones: 0 where a torch has others.
+    """
+    try:
+        groups = list(dist.distributed_c10d._world.pg_names)
+        return sum(group._get_sequence_number_for_group() for group in groups)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        return 0
+
+
+def use_timeout(timeout_minutes: float) -> None:
+    """For the groups that DeepSpeed made: they come with torch's own 10 or 30 minutes."""
+    for group in list(dist.distributed_c10d._world.pg_names):
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
 
 
 def stop() -> None:
@@ -124,6 +162,20 @@ def broadcast_text(text: str | None, device: torch.device) -> str:
         data = torch.empty(int(length.item()), dtype=torch.uint8, device=device)
     dist.broadcast(data, src=0)
     return bytes(data.cpu().tolist()).decode()
+
+
+def first_problem(problem: str, device: torch.device) -> str:
+    """The problem of the first rank that has one, with its number; empty when none has. The same on every rank."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return problem
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    first = world_size - 1 - int(max_over_ranks(world_size - 1 - rank if problem else -1, device))
+    if first == world_size:
+        return ""
+    text = f"rank {rank}: {problem}"[:500].encode().ljust(2000, b"\0")
+    data = torch.tensor(list(text), dtype=torch.uint8, device=device)
+    dist.broadcast(data, src=first)
+    return bytes(data.cpu().tolist()).rstrip(b"\0").decode()
 
 
 def gather_floats(rows: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from tunesmith.kernels.cross_entropy import token_nll
+from tunesmith.train import engine_universal
+from tunesmith.train.background_writer import Part
 from tunesmith.train.config import AdapterKind, Config, Kernels, Offload
 from tunesmith.train.data.store import MicroBatch
-from tunesmith.train.distributed import World
+from tunesmith.train.distributed import World, barrier
 from tunesmith.train.engine_config import deepspeed_config, is_plain_fp32, raw_keys_explained
 from tunesmith.train.engine_deepspeed import deepspeed
+from tunesmith.train.engine_files import EngineFiles
 from tunesmith.train.engine_sharding import full_shape, gathered
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.kernel_choice import choose_kernels
@@ -87,6 +90,10 @@ class Engine:
         self.device = device
         self.world = world
         self._config = config
+        groups = parameter_groups(model, config.optimizer.weight_decay)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._group_names = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+        self._weight_decays = [group["weight_decay"] for group in groups]
         self._target_rows = TargetRows(model)
         if device.type == "cpu":
             model.to(device)
@@ -100,6 +107,9 @@ class Engine:
                 config=deepspeed_config(config, world.world_size),
                 dist_init_required=False,
             )
+        self._files = EngineFiles()
+        self._engine.checkpoint_engine = self._files
+        self._engine._copy_recovery_script = lambda _: None  # a checkpoint holds no programs
         self._plain_fp32 = is_plain_fp32(config.engine)
         kernels = choose_kernels(config, device)
         on = kernels is not Kernels.off
@@ -198,11 +208,34 @@ class Engine:
                 with gathered([parameter]):
                     yield name, parameter
 
-    def save(self, folder: Path) -> None:
-        """This rank's part of weights, optimizer state and loss scale; frozen weights are left out with an adapter."""
-        self._engine.save_checkpoint(
-            str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._frozen_left_out
-        )
+    def save(self, folder: Path, part: Part) -> None:
+        """This rank's part of weights, optimizer state and loss scale; frozen weights are left out with an adapter.
+
+        What goes wrong with the disk stands in the part: every rank comes to the end of this.
+        """
+        self._files.part = part
+        try:
+            self._engine.save_checkpoint(
+                str(folder),
+                tag=TAG,
+                client_state={"parameter_groups": self._group_names},  # stage 0 numbers its parameters and names none
+                save_latest=False,
+                exclude_frozen_parameters=self._frozen_left_out,
+            )
+        except OSError as error:  # copying state off an NVMe disk: the one thing that DeepSpeed writes by itself
+            part.fail(error)
+            self._leave_save()
+        finally:
+            self._files.part = None
+        for path in sorted((folder / TAG / "offloaded_tensors" / f"rank{self.world.rank}").rglob("*")):
+            if path.is_file():
+                part.add_written(path)
+
+    def _leave_save(self) -> None:
+        """What DeepSpeed's save_checkpoint would still have done together with the other ranks."""
+        if self._engine._optimizer_has_ckpt_event_epilogue():
+            self._engine.optimizer.checkpoint_event_epilogue()
+        barrier()
 
     def load(self, folder: Path) -> None:
         """Restores what save() wrote. Raises TrainingError when the files do not fit this engine."""
@@ -210,6 +243,8 @@ class Engine:
             loaded, _ = self._engine.load_checkpoint(
                 str(folder), tag=TAG, load_module_strict=not self._frozen_left_out, load_lr_scheduler_states=False
             )
+        except TrainingError:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(
@@ -221,6 +256,27 @@ class Engine:
             raise TrainingError(
                 "the checkpoint holds no engine state.", at=str(folder), do="choose another checkpoint."
             )
+        self._apply_settings()
+
+    def load_converted(self, folder: Path) -> None:
+        """Restores what save() wrote on other ranks or at another stage, from its whole parameters (conversion.py)."""
+        engine_universal.load(self._engine, folder, self._group_names)
+        self._apply_settings()
+
+    def _apply_settings(self) -> None:
+        """The config's settings, where DeepSpeed has put back those of the checkpoint: they may have been changed."""
+        optimizer, settings = self._engine.optimizer, self._config.optimizer
+        for group, weight_decay in zip(optimizer.param_groups, self._weight_decays, strict=True):
+            group["weight_decay"] = weight_decay
+            group["betas"] = (settings.beta1, settings.beta2)
+            group["eps"] = settings.eps
+        if hasattr(optimizer, "clip_grad"):
+            optimizer.clip_grad = settings.max_grad_norm or 0.0
+
+    def close(self) -> None:
+        """Takes the engine down, so that another can be made in this process; nothing else may be called then."""
+        self._engine.destroy()
+        del self._engine, self._target_rows, self._loss_in_head
 
     @property
     def _frozen_left_out(self) -> bool:

@@ -9,10 +9,12 @@ from pydantic import ValidationError
 
 from tunesmith.train.config import Config, EngineConfig, Offload, Precision
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.redact import redact
 
 FP32_STATE = "Tunesmith, which keeps master weights and moments in fp32"
 NEVER_APPLIED = "Tunesmith, which never applies a gradient that is not finite"
 DIVIDED = "Tunesmith's loop, which divides by the tokens that count"
+UPLOADS = "track.wandb, which uploads no secret; DeepSpeed's own upload takes the command line too"
 
 # What our own settings decide; a raw key that says otherwise would be ignored or would break the loss.
 OWNED = {
@@ -38,6 +40,8 @@ OWNED = {
     "prescale_gradients": DIVIDED,
     "gradient_predivide_factor": DIVIDED,
     "gradient_allreduce_op": DIVIDED,
+    "wandb": UPLOADS,
+    "comet": UPLOADS,
 }
 
 
@@ -61,6 +65,7 @@ def check(config: Config, world_size: int) -> None:
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The dictionary for deepspeed.initialize. Raises ConfigError when a raw key contradicts our settings."""
     ours = _ours(config, world_size)
+    _check_no_secret(config.engine.deepspeed)
     _check_raw(config.engine.deepspeed, ours)
     tree = _merged(ours, config.engine.deepspeed)
     return tree | {"gradient_clipping": 0.0} if is_plain_fp32(config.engine) else tree
@@ -109,10 +114,17 @@ def _ours(config: Config, world_size: int) -> dict[str, Any]:
     return tree
 
 
+def zero_stage(engine: EngineConfig) -> int:
+    """The stage that DeepSpeed runs.
+
+    fp16 at ZeRO 0 runs as ZeRO 1, the same numbers: DeepSpeed 0.19.8 unscales gradients there whose loss it never
+    scaled (https://github.com/deepspeedai/DeepSpeed/pull/8393). It can go when a release holds that.
+    """
+    return max(engine.stage, 1) if engine.precision is Precision.fp16 else engine.stage
+
+
 def _zero(engine: EngineConfig) -> dict[str, Any]:
-    # fp16 at ZeRO 0 runs as ZeRO 1, the same numbers: DeepSpeed 0.19.8 unscales gradients there whose loss it never
-    # scaled (https://github.com/deepspeedai/DeepSpeed/pull/8393). It can go when a release holds that.
-    stage = max(engine.stage, 1) if engine.precision is Precision.fp16 else engine.stage
+    stage = zero_stage(engine)
     zero: dict[str, Any] = {"stage": stage, "compute_grad_norm": True}
     if stage:
         zero["overlap_comm"] = True
@@ -150,6 +162,20 @@ def _raw_names(raw: dict[str, Any], prefix: str = "") -> list[str]:
     for name, value in raw.items():
         names += _raw_names(value, f"{prefix}{name}.") if isinstance(value, dict) else []
     return names
+
+
+def _check_no_secret(raw: dict[str, Any], prefix: str = "engine.deepspeed") -> None:
+    """DeepSpeed writes its config into every checkpoint, and needs no secret itself."""
+    for name, clean in redact(raw).items():
+        if clean == raw[name]:
+            continue
+        if isinstance(raw[name], dict) and isinstance(clean, dict):
+            _check_no_secret(raw[name], f"{prefix}.{name}")
+        raise ConfigError(
+            f"{prefix}.{name} holds a secret, which DeepSpeed would write into every checkpoint.",
+            key=f"{prefix}.{name}",
+            do="take it out; what needs a secret reads it from the environment.",
+        )
 
 
 def _check_raw(raw: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> None:

@@ -70,6 +70,42 @@ def is_split(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def is_replicated(parameter: nn.Parameter) -> bool:
+    """True where every rank holds the whole parameter: all, but for those that ZeRO 3 splits (small ones it keeps)."""
+    return not is_split(parameter) or bool(parameter.ds_persist)  # type: ignore[attr-defined]
+
+
+def local_part(parameter: nn.Parameter) -> torch.Tensor | None:
+    """What this rank always holds of a parameter: all of it, or its part under ZeRO 3; None where that is on a disk."""
+    if not is_split(parameter):
+        return parameter.detach()
+    part: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    return part.detach() if part.status.name == "AVAILABLE" else None  # type: ignore[attr-defined]
+
+
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter, also where this rank holds a part of it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def own_part(parameter: nn.Parameter, world: World) -> tuple[int, torch.Tensor]:
+    """This rank's share of a parameter's elements, flat, and the position at which it begins: the shares of all ranks
+    are the whole, once. Every rank must ask at the same time.
+    """
+    if not is_split(parameter):
+        return _share(parameter, world)
+    held = parameter.ds_tensor  # type: ignore[attr-defined]
+    if held.status.name != "AVAILABLE":  # on an NVMe disk
+        with gathered([parameter]):
+            start, part = _share(parameter, world)
+            return start, part.clone()
+    whole, share = int(parameter.ds_numel), held.numel()  # type: ignore[attr-defined]
+    start = min(world.rank * share, whole)
+    return start, held.detach().reshape(-1)[: max(0, whole - start)]
+
+
+def _share(parameter: nn.Parameter, world: World) -> tuple[int, torch.Tensor]:
+    flat = parameter.detach().reshape(-1)
+    size = -(-flat.numel() // world.world_size)
+    start = min(world.rank * size, flat.numel())
+    return start, flat[start : start + size]

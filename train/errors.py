@@ -1,5 +1,20 @@
 """The errors a person can cause, each with what is wrong, where, and what to do."""
 
+EXIT_MISTAKE = 2  # the user's input cannot be run
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
+
+
+class Stopped(BaseException):
+    """The run ends because it was asked to; raised on every rank, once what there is to save is saved.
+
+    No Exception: it may be raised wherever the signal finds the process, and no `except Exception` is to take it.
+    """
+
+    def __init__(self, reason: str, step: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.step = step  # optimizer steps done; None before the loop
+
 
 class TunesmithError(Exception):
     """A mistake in what the user gave us; printed as it is, without a traceback.

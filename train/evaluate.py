@@ -5,13 +5,14 @@ Sums over tokens, never means of means, so that no figure depends on the batch s
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from tunesmith.train.data.store import TokenStore
 from tunesmith.train.distributed import World, sum_over_ranks
+from tunesmith.train.progress import reach
 
 if TYPE_CHECKING:
     from tunesmith.train.engine import Engine
@@ -19,16 +20,24 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def evaluate(
-    engine: "Engine", store: TokenStore, *, batch_size: int, world: World, pad_token_id: int
+    engine: "Engine",
+    store: TokenStore,
+    *,
+    batch_size: int,
+    world: World,
+    pad_token_id: int,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Token-weighted loss (nats), perplexity and token accuracy over a split. Every rank calls it and gets the same.
 
     Each sequence is seen once; ranks that run out get empty ones, because under ZeRO 3 all of them must go forward
-    together.
+    together. before_batch is called before each of them, and may raise to leave the evaluation.
     """
     engine.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)  # weighted loss, weight, correct, targets
     for sequence_ids in rank_batches(store.num_sequences, batch_size, world):
+        reach("evaluating")
+        before_batch()
         batch = store.micro_batch(sequence_ids, pad_token_id=pad_token_id).to(engine.device)
         loss_sum, num_correct = engine.loss_sum_and_num_correct(batch)
         sums[0] += loss_sum

@@ -5,8 +5,14 @@
 Each fault strikes once in a process, when its rank reaches the phase (any, unless given) with that many optimizer steps
 done (any, unless given). `seconds` is for slow and sleep; `restart` strikes only in the process that
 TUNESMITH_RESTART numbers so (0, unless given).
+
+    TUNESMITH_FAULTS="kill_at_file:rank=1,save=2,operation=17; full_disk:rank=1,save=1; list_files:into=/tmp/operations"
+
+kill_at_file and full_disk strike at a file operation of a save, both counted from 1 (any, unless given; full_disk also
+at every operation after it in that save); list_files writes each operation of each save to <into>.<rank>, a line each.
 """
 
+import errno
 import os
 import re
 import signal
@@ -16,7 +22,25 @@ from dataclasses import dataclass
 
 VARIABLE = "TUNESMITH_FAULTS"
 RESTART = "TUNESMITH_RESTART"
-KINDS = ("kill", "exit", "raise", "sleep", "stop", "gil", "slow", "nan", "inf", "spike", "oom", "term", "int", "usr1")
+KINDS = (
+    "kill",
+    "exit",
+    "raise",
+    "sleep",
+    "stop",
+    "gil",
+    "slow",
+    "nan",
+    "inf",
+    "spike",
+    "oom",
+    "term",
+    "int",
+    "usr1",
+    "flip",
+)
+FILE_KINDS = ("kill_at_file", "full_disk", "list_files")
+NOT_BY_PHASE = ("nan", "inf", "spike", "flip", *FILE_KINDS)
 LOSS_FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 50.0}
 SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "int": "SIGINT", "usr1": "SIGUSR1"}
 
@@ -32,6 +56,9 @@ class Fault:
     phase: str | None = None
     seconds: float = 3600.0
     restart: int = 0
+    save: int | None = None
+    operation: int | None = None
+    into: str = ""
     struck: bool = False
 
     def strikes(self, rank: int, step: int, phase: str) -> bool:
@@ -43,6 +70,14 @@ class Fault:
             and self.phase in (None, phase)
         )
 
+    def strikes_file(self, rank: int, save: int, operation: int) -> bool:
+        lasts = self.kind == "full_disk"
+        return (
+            self.rank in (None, rank)
+            and self.save in (None, save)
+            and (self.operation is None or self.operation == operation or (lasts and self.operation < operation))
+        )
+
 
 class FaultPlan:
     """The faults of this process."""
@@ -50,6 +85,9 @@ class FaultPlan:
     def __init__(self, faults: list[Fault], rank: int) -> None:
         self.faults = faults
         self.rank = rank
+        self._num_saves = 0
+        self._num_operations = 0
+        self._saving = False
 
     @classmethod
     def from_environment(cls) -> "FaultPlan | None":
@@ -64,9 +102,40 @@ class FaultPlan:
     def strike(self, step: int, phase: str) -> None:
         """What is planned for this place, other than spoiled losses."""
         for fault in self.faults:
-            if fault.kind not in LOSS_FACTORS and fault.strikes(self.rank, step, phase):
+            if fault.kind not in NOT_BY_PHASE and fault.strikes(self.rank, step, phase):
                 fault.struck = True
                 act(fault)
+
+    def save_begins(self) -> None:
+        self._num_saves, self._num_operations, self._saving = self._num_saves + 1, 0, True
+
+    def save_ends(self) -> None:
+        self._saving = False
+
+    def at_file(self, kind: str, path: str) -> None:
+        """What is planned for an operation on a file; only those of saves count. Raises OSError for a full disk."""
+        if not self._saving:
+            return
+        self._num_operations += 1
+        for fault in self.faults:
+            if fault.kind in FILE_KINDS and fault.strikes_file(self.rank, self._num_saves, self._num_operations):
+                if fault.kind == "kill_at_file":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif fault.kind == "full_disk":
+                    if kind == "unlink":
+                        continue
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+                else:
+                    with open(f"{fault.into}.{self.rank}", "a", encoding="utf-8") as file:
+                        file.write(f"{self._num_saves} {self._num_operations} {kind} {path}\n")
+
+    def flips_a_weight(self, step: int) -> bool:
+        """Whether a bit of this rank's weights is to change by itself, as a bad memory would."""
+        for fault in self.faults:
+            if fault.kind == "flip" and fault.strikes(self.rank, step, "update"):
+                fault.struck = True
+                return True
+        return False
 
     def loss_factor(self, step: int) -> float:
         """What the loss of this rank's next forward is multiplied by."""
@@ -80,15 +149,15 @@ class FaultPlan:
 def parse(text: str) -> Fault:
     """One fault from `kind:name=value,...`. Raises ValueError."""
     kind, _, rest = text.strip().partition(":")
-    if kind not in KINDS:
-        raise ValueError(f"{VARIABLE}: there is no fault {kind!r}; there are {', '.join(KINDS)}.")
+    if kind not in KINDS + FILE_KINDS:
+        raise ValueError(f"{VARIABLE}: there is no fault {kind!r}; there are {', '.join(KINDS + FILE_KINDS)}.")
     fault = Fault(kind, seconds=0.3 if kind == "slow" else 3600.0)
     for pair in filter(None, rest.split(",")):
         name, _, value = pair.strip().partition("=")
-        if name not in ("rank", "step", "last_step", "phase", "seconds", "restart"):
+        if name not in ("rank", "step", "last_step", "phase", "seconds", "restart", "save", "operation", "into"):
             raise ValueError(f"{VARIABLE}: a fault has no {name!r}.")
         number = float if name == "seconds" else int
-        setattr(fault, name, value if name == "phase" else number(value))
+        setattr(fault, name, value if name in ("phase", "into") else number(value))
     return fault
 
 

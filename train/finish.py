@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from tunesmith.train import distributed, export, run_folder
+from tunesmith.train import conversion, distributed, export, run_folder
 from tunesmith.train.data.render import stop_token_ids
 from tunesmith.train.data.template import visible_answer
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.evaluate import answer_metrics, same_answer
 from tunesmith.train.generate import answers
 from tunesmith.train.loop import Loop
+from tunesmith.train.progress import reach
 from tunesmith.train.report import write_report
 from tunesmith.train.run_folder import best_folder
 from tunesmith.train.setup import Run
@@ -21,13 +22,16 @@ def finish(loop: Loop) -> dict[str, Any]:
     """Every rank calls it. Returns the summary; raises TrainingError when the saved model is not the live one."""
     run = loop.run
     folder, evaluation = _bring_back_best(loop)
-    figures = _answer_questions(run)
+    figures = _answer_questions(loop)
     run.reporter.phase("opening the saved model again")
+    reach("opening the saved model again")
     proof = _prove(run, folder)
+    reach("finishing")
     summary = summarise(run, evaluation=evaluation | figures, proof=proof)
     run.reporter.finish(summary)
     if run.world.rank == 0:
         export.discard_drafts(folder)  # only now: until the summary says finished, a restart needs the best weights
+        conversion.forget(run.run_dir)  # a run that saved no checkpoint of its own still has it
         write_report(run.run_dir)
         place = run.reporter.wandb_place
         run.reporter.end(end_rows(summary, run.run_dir) + ([("W&B", place)] if place else []), "Finished")
@@ -43,15 +47,23 @@ def _bring_back_best(loop: Loop) -> tuple[Path, dict[str, float]]:
     folder = best_folder(run.run_dir, state.best_step)
     if state.best_step == state.step:
         return folder, state.evaluation
+    reach("bringing back the best weights")
     export.restore(run.engine, run.config, folder)
     return folder, loop.measure()
 
 
-def _answer_questions(run: Run) -> dict[str, float]:
-    settings = run.config.evaluate
+def _answered(loop: Loop, done: int, total: int) -> None:
+    loop.run.reporter.phase(f"generating answers {done}/{total}")
+    reach("generating answers")
+    loop.end_if_asked()
+
+
+def _answer_questions(loop: Loop) -> dict[str, float]:
+    run, settings = loop.run, loop.run.config.evaluate
     questions = run.data.questions[: settings.max_records]
     if not settings.generate or not questions:
         return {}
+    reach("generating answers", run.state.step)
     found = answers(
         run.engine.module,
         questions,
@@ -61,7 +73,7 @@ def _answer_questions(run: Run) -> dict[str, float]:
         max_new_tokens=settings.max_new_tokens,
         stop_ids=stop_token_ids(run.tokenizer),
         pad_token_id=run.tokenizer.pad_token_id,
-        progress=lambda done, total: run.reporter.phase(f"generating answers {done}/{total}"),
+        progress=lambda done, total: _answered(loop, done, total),
     )
     texts = [visible_answer(run.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
     expected = [question.answer for question in questions]

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.train import run_folder
 from tunesmith.train.compose import load_resolved
 from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.export import LOGIT_TOLERANCE, probe_ids, relative_error
 from tunesmith.train.model import open_model, quiet_transformers
+from tunesmith.train.tokenizer import open_tokenizer
 
 
 @torch.no_grad()
@@ -39,8 +39,8 @@ def merge(run_dir: Path, out: Path) -> str:
     shutil.rmtree(staged, ignore_errors=True)
     with quiet_transformers():
         merged.save_pretrained(staged)
-        AutoTokenizer.from_pretrained(folder).save_pretrained(staged)
-        reopened = AutoModelForCausalLM.from_pretrained(staged, dtype="auto").eval()
+        open_tokenizer(folder, config.model).save_pretrained(staged)
+        reopened = open_model(staged, config)
     error = relative_error(reopened(input_ids=ids).logits[0].float(), expected)
     if not error <= LOGIT_TOLERANCE[str(config.engine.precision)]:
         shutil.rmtree(staged)

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import UnpicklingError  # noqa: TID251 - the type of an error; nothing is read
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from tunesmith.train.config import Attention, Config, ModelConfig, Precision
 from tunesmith.train.distributed import World
 from tunesmith.train.engine_sharding import known_to_peft, sharded_init
 from tunesmith.train.errors import ModelError
+from tunesmith.train.foreign_code import check_adapter, check_index, check_kernels
 from tunesmith.train.paths import resolve_path
 from tunesmith.train.weights import load_weights, weight_files
 
@@ -50,6 +51,7 @@ def load_model(config: Config, world: World) -> nn.Module:
 def check_model(config: Config) -> Any:
     """transformers' config of the model; reads no weights. Raises ModelError when it cannot be trained so."""
     hf_config = load_hf_config(config.model)
+    check_index(Path(resolve_path(config.model.name_or_path)))
     if config.batch.sequence_length > (limit := getattr(hf_config, "max_position_embeddings", None) or 2**62):
         raise ModelError(
             f"sequence_length={config.batch.sequence_length} is beyond the {limit} positions of "
@@ -78,6 +80,7 @@ def load_base(config: Config) -> PreTrainedModel:
 def open_model(folder: Path, config: Config) -> Any:
     """The saved model ready to answer, on the CPU: from its files alone, or the base model with the adapter on it."""
     if (folder / "adapter_config.json").is_file():
+        check_adapter(folder)
         base = load_base(config)
         # PEFT imports DeepSpeed, which announces the accelerator it finds unless it is told.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -85,9 +88,16 @@ def open_model(folder: Path, config: Config) -> Any:
 
         with quiet_transformers():
             return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).eval()
-    with quiet_transformers():
-        options = {"trust_remote_code": bool(config.model.trust_remote_code)}
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
+    trusted = bool(config.model.trust_remote_code)
+    try:
+        check_index(folder)
+        if not trusted:
+            check_kernels(str(folder))
+        with quiet_transformers():
+            options = {"trust_remote_code": trusted, "use_safetensors": True}
+            return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise not_loadable(str(folder), error) from None
 
 
 def load_hf_config(settings: ModelConfig) -> Any:
@@ -95,6 +105,8 @@ def load_hf_config(settings: ModelConfig) -> Any:
     name = resolve_path(settings.name_or_path)
     try:
         with quiet_transformers():
+            if not settings.trust_remote_code:
+                check_kernels(name, settings.revision)
             return AutoConfig.from_pretrained(
                 name, revision=settings.revision, trust_remote_code=bool(settings.trust_remote_code)
             )
@@ -144,6 +156,7 @@ def _load_whole(settings: ModelConfig, hf_config: Any, dtype: torch.dtype) -> Pr
             config=hf_config,
             revision=settings.revision,
             dtype=dtype,
+            use_safetensors=True,  # a .bin is a pickle
             output_loading_info=True,
             **options,
         )

@@ -14,6 +14,7 @@ from tunesmith.train.places import CONF_DIR, Places, line_of_key, shown
 from tunesmith.train.suggest import did_you_mean, nearest
 
 GLOBAL_PACKAGE = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
+HYDRA_PACKAGE = re.compile(r"^#\s*@package\s+hydra\b", re.MULTILINE)
 Options = Callable[[str], list[str]]  # a group -> its options
 
 
@@ -59,6 +60,12 @@ def _check_file(path: Path, group: str, options: Options) -> None:
         raise ConfigError(
             f"the file holds {kind}, not settings.", at=f"{shown(path)}:1", do="write `key: value` lines."
         )
+    if "hydra" in tree or HYDRA_PACKAGE.search(text):
+        raise ConfigError(
+            "Hydra only composes here, so its own settings have no effect.",
+            at=f"hydra ({shown(path)}:{line_of_key(path, ['hydra']) or 1})",
+            do="take them out; output_dir=<folder> sets the run folder.",
+        )
     _check_defaults(path, tree.get("defaults"), options)
     if group == "exp":
         _check_groups(path, tree)
@@ -96,6 +103,12 @@ def check_option(group: str, option: object, known: list[str], at: str) -> None:
     """Raises ConfigError unless the option is one of its group's."""
     if option in known:
         return
+    if group == "resume":
+        raise ConfigError(
+            f"resume has no option {option!r}: it is auto or never.",
+            at=at,
+            do=f"write resume.source={option} to go on from that folder." if option else "leave it out.",
+        )
     raise ConfigError(
         f"{group} has no option {option!r}.{did_you_mean(nearest(str(option), known))}",
         at=at,

@@ -5,6 +5,7 @@ planned faults (fault_plan.py) strike by it.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,9 +22,10 @@ class Progress:
     changed: float = field(default_factory=time.monotonic)
     num_changes: int = 0
     plan: FaultPlan | None = None
+    listener: "Callable[[Progress], None] | None" = None  # is told of every change
 
 
-progress = Progress(plan=FaultPlan.from_environment())
+progress = Progress()
 
 
 def reach(phase: str, step: int | None = None) -> None:
@@ -33,10 +35,25 @@ def reach(phase: str, step: int | None = None) -> None:
         progress.step = step
     progress.changed = time.monotonic()
     progress.num_changes += 1
+    if progress.listener is not None:
+        progress.listener(progress)
     if progress.plan is not None:
         progress.plan.strike(progress.step, phase)
+
+
+def plan_faults() -> None:
+    """Arms the faults that a test has put into the environment; there are none in any other run."""
+    progress.plan = FaultPlan.from_environment()
 
 
 def spoiled(loss: torch.Tensor) -> torch.Tensor:
     """The loss as it is, or as a planned fault makes it."""
     return loss if progress.plan is None else loss * progress.plan.loss_factor(progress.step)
+
+
+@torch.no_grad()
+def corrupted(weight: torch.Tensor | None) -> None:
+    """Flips the lowest bit of a weight's first element where a planned fault says so."""
+    if weight is not None and progress.plan is not None and progress.plan.flips_a_weight(progress.step):
+        bits = {2: torch.int16, 4: torch.int32}[weight.element_size()]
+        weight.view(-1)[:1].view(bits).bitwise_xor_(1)

@@ -8,6 +8,8 @@ import itertools
 import os
 import re
 import sys
+import threading
+import traceback
 from typing import Any
 
 HIDDEN = "***"
@@ -31,6 +33,9 @@ NAMES_A_PLACE = words_of("dir env file name path sock type var")  # HF_TOKEN_PAT
 
 # Shorter values are words, not secrets: hiding every "test" would make a config unreadable.
 MIN_LENGTH = 8
+# Libraries shorten what they quote, with dots behind it: a start of a longer secret is hidden there too.
+MIN_START = 12
+SHORTENED = re.compile(r"\.\.\.|…")
 
 USERINFO = re.compile(r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+(?=@)|(?<=://)[^\s/@:'\"]{8,}(?=@)")
 # name=value, --name value, 'name': 'value'
@@ -66,6 +71,23 @@ def redact_text(text: str) -> str:
     return _redact_text(text, known_secrets())
 
 
+def print_traceback(error: BaseException) -> None:
+    """To stderr as Python does it, without secrets."""
+    sys.stderr.write(redact_text("".join(traceback.format_exception(error))))
+    sys.stderr.flush()
+
+
+def redact_uncaught() -> None:
+    """From now on the tracebacks that Python itself prints, of this thread and of others, are without secrets."""
+
+    def of_a_thread(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is not None and arguments.exc_type is not SystemExit:
+            print_traceback(arguments.exc_value)
+
+    sys.excepthook = lambda kind, error, trace: print_traceback(error)
+    threading.excepthook = of_a_thread
+
+
 def known_secrets() -> list[str]:
     """Values that the environment and the command line hold under the name of a secret, and passwords in their URLs."""
     values = [value for name, value in os.environ.items() if names_a_secret(name)]
@@ -98,9 +120,23 @@ def _redact_value(key: object, value: Any, secrets: list[str]) -> Any:
 def _redact_text(text: str, secrets: list[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
+        if len(secret) > MIN_START and secret[:MIN_START] in text:
+            text = _without_shortened(text, secret)
     text = USERINFO.sub(HIDDEN, text)
     text = ASSIGNMENT.sub(_redact_assignment, text)
     return SHAPES.sub(HIDDEN, BEARER.sub(rf"\1 {HIDDEN}", text))
+
+
+def _without_shortened(text: str, secret: str) -> str:
+    """Hides each start of the secret that has dots behind it."""
+    first, *parts = text.split(secret[:MIN_START])
+    clean = first
+    for part in parts:
+        pairs = enumerate(zip(part, secret[MIN_START:], strict=False))
+        length = next((at for at, (one, other) in pairs if one != other), min(len(part), len(secret) - MIN_START))
+        is_shortened = SHORTENED.match(part, length)
+        clean += (HIDDEN + part[length:]) if is_shortened else secret[:MIN_START] + part
+    return clean
 
 
 def _redact_assignment(match: re.Match[str]) -> str:

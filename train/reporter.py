@@ -43,6 +43,12 @@ class Reporter:
         self._tracker = Tracker(config, run_dir, resolved=resolved, resume_step=step, warn=self.console.warn)
         self.console.begin(total_steps, step)
 
+    def go_back(self, step: int, throughput: Throughput) -> None:
+        """The run goes on from an earlier step: the rows after it are dropped from the run's files."""
+        if self._tracker is not None:
+            self.throughput = throughput
+            self._tracker.go_back(step)
+
     def step(
         self,
         state: RunState,
@@ -82,9 +88,11 @@ class Reporter:
         if self._tracker is not None:
             self._tracker.samples(step, samples)
 
-    def saved(self, step: int, seconds: float) -> None:
+    def saved(self, step: int, *, save_seconds: float, stall_seconds: float) -> None:
+        """A checkpoint was published: how long that took in all, and what the step loop has lost to it."""
         if self._tracker is not None:
-            self._tracker.log(step, {"checkpoint/save_seconds": seconds})
+            metrics = {"checkpoint/save_seconds": save_seconds, "checkpoint/stall_seconds": stall_seconds}
+            self._tracker.log(step, metrics)
 
     def phase(self, text: str) -> None:
         if self.console is not None:

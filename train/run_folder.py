@@ -10,7 +10,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tunesmith.train.config import Config
+from tunesmith.train.durable import write_json
 from tunesmith.train.errors import ConfigError
+
+__all__ = ["write_json"]
 
 MODEL = "model"  # what the run leaves behind
 CONFIG = "config.yaml"
@@ -22,6 +25,10 @@ SPARE_BYTES = 256 * 2**20  # for metrics, the report and W&B's files
 def choose(config: Config) -> Path:
     """The run folder: output_dir, or runs/<name>-<date>-<time>. Only rank 0 may ask: a clock differs between ranks."""
     if config.output_dir:
+        if not config.output_dir.isprintable():  # NUL ends a name for the system, a line break hides what follows
+            raise ConfigError(
+                f"{config.output_dir!r} cannot name a folder.", key="output_dir", do="use characters that can be seen."
+            )
         return Path(os.path.expanduser(config.output_dir)).absolute()  # leaves a ~name of nobody as it is
     return Path("runs", f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
 
@@ -42,13 +49,36 @@ def check_usable(folder: Path, resume: str) -> None:
         ) from None
     if is_used and not is_run:
         raise ConfigError(f"{folder} is not empty and holds no run.", at="output_dir", do="choose another output_dir.")
-    if is_run and resume != "auto":
+    if is_run and resume != "auto" and _has_results(folder):
         raise ConfigError(
             f"{folder} already holds a run.",
             at="output_dir",
-            do="choose another output_dir, or go on with resume=auto.",
+            do="choose another output_dir, or go on with resume.source=auto.",
         )
+    check_links(folder)
     check_writable(folder)
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether a run has left more than its first minutes: one that died before its first save may start once more."""
+    saved = [path for path in (folder / "checkpoints").glob("step-*") if ".tmp-" not in path.name]
+    return bool(saved) or (folder / MODEL).exists()
+
+
+def check_links(folder: Path) -> None:
+    """Raises ConfigError for a link in the folder that leads out of it: what is written or pruned would lie elsewhere.
+
+    The folder itself may be a link, and so may its parents: the user has named it. W&B's links lead to its own files.
+    """
+    inside = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in [*folders, *files]):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise ConfigError(
+                    f"{path.relative_to(folder)} in the run folder is a link to {os.readlink(path)}, outside of it.",
+                    at=f"output_dir ({folder})",
+                    do="remove the link, or choose another output_dir.",
+                )
 
 
 def create(folder: Path, config_yaml: str) -> FileLock:
@@ -57,6 +87,7 @@ def create(folder: Path, config_yaml: str) -> FileLock:
     Raises ConfigError when another run holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    check_links(folder)
     lock = FileLock(folder / f"{OURS}lock")
     try:
         lock.acquire(timeout=0)
@@ -101,10 +132,3 @@ def check_writable(folder: Path, needed_bytes: int = SPARE_BYTES) -> None:
             at=f"output_dir ({parent})",
             do="free space, choose another output_dir, or keep fewer checkpoints (checkpoint.keep_last).",
         )
-
-
-def write_json(path: Path, tree: object) -> None:
-    """Writes a file whole or not at all."""
-    staged = path.with_name(f".{path.name}.staged")
-    staged.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    os.replace(staged, path)

@@ -1,35 +1,40 @@
 """Everything a loop needs, in order: model, engine, data order, schedule, checkpoints, and where the run stands."""
 
 import math
-import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from tunesmith.train import checkpoint, run_folder
+from tunesmith.train import checkpoint_find, conversion, fingerprint, rollback, run_folder
 from tunesmith.train.adapter import transformer_blocks
 from tunesmith.train.checkpoint import Checkpoints
+from tunesmith.train.checkpoint_find import Found
 from tunesmith.train.config import AdapterKind, Config, Kernels, Packing
+from tunesmith.train.conversion import Conversion
 from tunesmith.train.data.order import GlobalOrder
 from tunesmith.train.data.prepare import PreparedData
-from tunesmith.train.distributed import World, broadcast_text
-from tunesmith.train.engine import Engine
+from tunesmith.train.distributed import World, barrier, use_timeout
+from tunesmith.train.engine import TAG, Engine
 from tunesmith.train.engine_sharding import full_shape
 from tunesmith.train.isolation import check_packing
 from tunesmith.train.kernel_choice import choose_kernels
 from tunesmith.train.lora_layers import use_our_lora
+from tunesmith.train.manifest import Identity
 from tunesmith.train.metrics import Throughput, flops_per_token, peak_flops
 from tunesmith.train.model import load_model
+from tunesmith.train.progress import reach
+from tunesmith.train.random_state import seed_rank
 from tunesmith.train.reporter import Reporter
 from tunesmith.train.run_folder import best_folder
 from tunesmith.train.schedule import learning_rate_factor
+from tunesmith.train.stale_locks import clear_stale_locks, extensions_folder
 from tunesmith.train.state import RunState
 from tunesmith.train.timed_picks import use_timed_picks
+from tunesmith.train.timeouts import Timeouts
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,14 @@ def set_up(
     reporter: Reporter,
 ) -> Run:
     """Every rank calls it, after the ranks have met. Raises TunesmithError, with no run folder left behind."""
-    ours = fingerprint(config, world, data)
-    found = broadcast_text(str(checkpoint.find(config.resume, run_dir) or "") if world.rank == 0 else None, device)
-    if found:
-        checkpoint.check(Path(found), ours)  # before minutes go into loading a model that cannot take it up
+    ours = fingerprint.identity(config, world, data)
+    fingerprint.check_allowed(config.resume.allow, ours)
+    reporter.phase("looking for a checkpoint")
+    reach("looking for a checkpoint")
+    found = checkpoint_find.choose(config.resume, run_dir, world, device, reporter.warn)
+    converted = _begin_to_take_up(found, ours, config, run_dir, world, reporter) if found else None
     reporter.phase(f"loading {config.model.name_or_path}")
+    reach("loading the model")
     model = load_model(config, world)
     size = model_size(model)
     _check_disk(config, size, run_dir, world, device)
@@ -88,13 +96,25 @@ def set_up(
     if kernels is Kernels.triton and device.type == "cuda":
         reporter.phase("timing kernels on this GPU, or reading what was timed before")
         use_timed_picks(model, config, world, device, reporter.warn)
+    reach("making the engine")
+    if world.local_rank == 0:
+        clear_stale_locks(extensions_folder(), reporter.warn)
+    barrier()
     engine = Engine(model, config, world, device, reporter.warn)
+    use_timeout(Timeouts.of(config.cluster).of_process_group / 60)  # the groups DeepSpeed made have torch's own
     check_packing(engine, config, evaluates=data.validation is not None)
     order = make_order(config, data)
     total_steps = config.schedule.max_steps or order.steps_for(config.schedule.epochs or 0)
-    checkpoints = Checkpoints(run_dir, keep_last=config.checkpoint.keep_last, fingerprint=ours, world=world)
-    seed_everything(config.seed * 65_537 + world.rank)
-    state = checkpoints.load(engine, Path(found)) if found else RunState()
+    if config.adapter.kind is not AdapterKind.none:
+        ours = fingerprint.with_base_weights(ours, engine.module, world, device)
+        if found:
+            fingerprint.compare(found.manifest.identity, ours, config.resume.allow, found.path)
+    checkpoints = Checkpoints(run_dir, config.checkpoint, ours, world, device, reporter)
+    seed_rank(config.seed, world.rank)
+    reach("taking up the checkpoint" if found else "starting")
+    folder = converted.wait(device) if converted else None
+    state = checkpoints.load(engine, found, converted=folder, seed=config.seed) if found else RunState()
+    rollback.take_up(state, run_dir, world, device)
     if state.best_step is not None and not best_folder(run_dir, state.best_step).is_dir():
         state.best_step = state.best_eval_loss = None  # taken over from another run, whose best weights are not here
     return Run(
@@ -112,8 +132,26 @@ def set_up(
         size=size,
         throughput=throughput,
         reporter=reporter,
-        resumed_from=Path(found) if found else None,
+        resumed_from=found.path if found else None,
     )
+
+
+def _begin_to_take_up(
+    found: Found, ours: Identity, config: Config, run_dir: Path, world: World, reporter: Reporter
+) -> Conversion | None:
+    """Refuses a checkpoint of another run before minutes go into loading a model; begins to convert one that is cut
+    for other ranks.
+    """
+    saved = found.manifest.identity
+    for note in fingerprint.compare(saved, ours, config.resume.allow, found.path):
+        reporter.note(note)
+    if saved.layout == ours.layout:
+        return None
+    changed = [
+        f"{key} {saved.layout.get(key)} -> {now}" for key, now in ours.layout.items() if saved.layout.get(key) != now
+    ]
+    reporter.note(f"the checkpoint is converted for this run: {', '.join(changed)}")
+    return conversion.start(found.path, found.path / TAG, run_dir, world)
 
 
 def make_order(config: Config, data: PreparedData) -> GlobalOrder:
@@ -124,28 +162,6 @@ def make_order(config: Config, data: PreparedData) -> GlobalOrder:
         seed=config.seed,
         lengths=data.train.lengths if config.batch.packing is Packing.none else None,
     )
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch on this rank."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def fingerprint(config: Config, world: World, data: PreparedData) -> dict[str, object]:
-    """What must be the same for a checkpoint to go on as the same run."""
-    return {
-        "model": config.model.name_or_path,
-        "adapter": str(config.adapter.kind),
-        **{f"adapter.{name}": value for name, value in asdict(config.adapter).items() if name != "kind"},
-        "data": data.fingerprint,
-        "seed": config.seed,
-        "batch.global_batch_size": config.batch.global_batch_size,
-        "engine.stage": config.engine.stage,
-        "engine.precision": str(config.engine.precision),
-        "world_size": world.world_size,
-    }
 
 
 def model_size(model: nn.Module) -> ModelSize:
@@ -176,8 +192,9 @@ def checkpoint_bytes(size: ModelSize, config: Config) -> int:
 
 def _check_disk(config: Config, size: ModelSize, run_dir: Path, world: World, device: torch.device) -> None:
     """All ranks learn of a full disk from rank 0, before anything is written."""
-    saves = bool(config.checkpoint.every_steps) or config.checkpoint.at_end
-    kept = (config.checkpoint.keep_last + 2) if config.checkpoint.every_steps else 1  # one being written, and the best
+    often = bool(config.checkpoint.every_steps or config.checkpoint.every_minutes)
+    saves = often or config.checkpoint.at_end
+    kept = (config.checkpoint.keep_last + 2) if often else 1  # one being written, and the best
     needed = run_folder.SPARE_BYTES + checkpoint_bytes(size, config) * (kept if saves else 0) + 8 * size.parameters
     run_folder.check_writable(run_dir, needed)
 

@@ -15,6 +15,7 @@ class Step:
     tokens: int
     target_tokens: int
     verdict: Verdict  # what the ranks told each other in it
+    not_finite: tuple[tuple[int, int], ...] = ()  # (rank, micro batch) of the losses that were not finite, if any
 
 
 @dataclass
@@ -33,3 +34,6 @@ class RunState:
     evaluation: dict[str, float] = field(default_factory=dict)
     train_loss: float | None = None  # of the last step
     train_seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)  # the last ones, newest last: what a loss spike is told by
+    rollbacks: int = 0  # times the run went back to a checkpoint because of a loss spike
+    passed_over: list[int] = field(default_factory=list)  # steps, counted from 1, that are not trained on since then

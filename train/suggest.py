@@ -7,7 +7,7 @@ CUTOFF = 0.6  # of difflib's ratio, for names that a person mistyped
 PEERS = {  # how transformers, TRL, DeepSpeed, torchtune, Axolotl and LLaMA-Factory spell ours
     "name": "run_name experiment_name wandb_name",
     "output_dir": "output_folder output_path save_dir logging_dir dir",
-    "resume": "resume_from_checkpoint auto_resume_from_checkpoints resume_from",
+    "resume.source": "resume_from_checkpoint auto_resume_from_checkpoints resume_from",
     "exp": "experiment recipe preset",
     "model.name_or_path": "model_name_or_path base_model model_name model_id model_path pretrained",
     "model.attention": "attn_implementation flash_attention flash_attn attn",
@@ -45,6 +45,7 @@ PEERS = {  # how transformers, TRL, DeepSpeed, torchtune, Axolotl and LLaMA-Fact
     "engine.offload_optimizer": "cpu_offload offload",
     "engine.offload_weights": "offload_param offload_params",
     "checkpoint.every_steps": "save_steps save_every save_interval checkpoint_steps",
+    "checkpoint.async_save": "async async_checkpointing async_save_checkpoint",
     "checkpoint.keep_last": "save_total_limit max_checkpoints keep_last_n",
     "evaluate.every_steps": "eval_steps eval_every eval_interval val_check_interval run_eval_every_n_steps",
     "evaluate.batch_size": "per_device_eval_batch_size eval_batch_size val_batch_size",

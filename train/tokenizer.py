@@ -1,5 +1,6 @@
 """A name -> a tokenizer with a chat template, an end-of-text token and a padding token."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -57,6 +58,11 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerB
     if tokenizer.pad_token is None:
         tokenizer.pad_token = _padding_token(tokenizer)
     return tokenizer
+
+
+def open_tokenizer(folder: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run has saved. Raises ModelError when it can't be loaded, or would run code unasked."""
+    return _load(replace(model, name_or_path=str(folder), revision=None))
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -129,7 +135,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         tokenizer.apply_chat_template(probe, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise ConfigError(
             f"the chat template can't render one question and its answer: {error}",
             key="data.chat_template",

@@ -70,12 +70,23 @@ class Tracker:
         self._run_dir = Path(run_dir)
         self._warn = warn
         self._failed: set[str] = set()
-        rows = keep_rows(self._run_dir / METRICS_FILE, resume_step)
-        keep_rows(self._run_dir / SAMPLES_FILE, resume_step)
-        seconds = rows[-1].get("seconds") if rows else None
-        self._started = time.monotonic() - (seconds or 0.0)
+        seconds = self._keep_rows(resume_step)
+        self._started = time.monotonic() - seconds
         self._metrics = (self._run_dir / METRICS_FILE).open("ab", buffering=0)
         self._wandb = start_wandb(config, self._run_dir, resolved, resume_step, warn)
+
+    def go_back(self, step: int) -> None:
+        """Drops the rows after a step from the files. W&B keeps them: it takes no second row for a step."""
+        with self._never_raises(METRICS_FILE):
+            self._keep_rows(step)
+            before, self._metrics = self._metrics, (self._run_dir / METRICS_FILE).open("ab", buffering=0)
+            before.close()
+
+    def _keep_rows(self, last_step: int) -> float:
+        """Drops later rows; gives the seconds in the last one left."""
+        rows = keep_rows(self._run_dir / METRICS_FILE, last_step)
+        keep_rows(self._run_dir / SAMPLES_FILE, last_step)
+        return float(rows[-1].get("seconds") or 0.0) if rows else 0.0
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """One row. None is null; a value that is not finite is null too, flagged by `<name>_nonfinite`."""
@@ -145,10 +156,10 @@ def start_wandb(
     arguments = {
         "id": id_file.read_text().strip(),
         "resume": "allow",
-        "project": config.track.project,
-        "name": config.name,
-        "group": config.track.group,
-        "tags": list(config.track.tags),
+        "project": redact_text(config.track.project),
+        "name": redact_text(config.name),
+        "group": redact_text(config.track.group) if config.track.group else None,
+        "tags": [redact_text(tag) for tag in config.track.tags],
         "config": redact(resolved),
     }
     return WandbThread(mode, run_dir, arguments, warn)

@@ -1,6 +1,6 @@
 """Every fault planted in the LoRA kernels is caught by the tests named with it (mutants.py)."""
 
-import runpy
+import runpy  # noqa: TID251 - of a file in this folder
 from pathlib import Path
 from typing import Any
 

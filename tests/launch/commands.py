@@ -1,8 +1,8 @@
 """Runs many command lines of a launch script as processes of their own that share one import of torch and DeepSpeed.
 
-Each line of stdin is a command: {"script": "train", "arguments": [...], "root": folder to watch} as JSON. Each line of
-stdout is its answer: exit code, stdout, stderr, and the paths below root that it left. A forked child runs the script's
-own main().
+Each line of stdin is a command: {"script": "train", "arguments": [...], "root": folder to watch, "env": {...}} as JSON.
+Each line of stdout is its answer: exit code, stdout, stderr, and the paths below root that it left. A forked child runs
+the script's own main(), in root, with the variables of env set (null: taken away), and says yes to whatever asks.
 """
 
 import importlib
@@ -20,7 +20,14 @@ def tree(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*")}
 
 
-def in_child(script: str, arguments: list[str], out: str, err: str) -> None:
+def in_child(script: str, arguments: list[str], env: dict[str, str | None], out: str, err: str) -> None:
+    for name, value in env.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    Path(out).write_text("yes\n" * 99)
+    os.dup2(os.open(out, os.O_RDONLY), 0)
+    Path(out).unlink()
     for number, name in ((1, out), (2, err)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     from tunesmith.launch.arguments import main
@@ -38,12 +45,12 @@ def in_child(script: str, arguments: list[str], out: str, err: str) -> None:
         os._exit(1)
 
 
-def answer(script: str, arguments: list[str], root: Path, scratch: str) -> dict[str, Any]:
+def answer(script: str, arguments: list[str], env: dict[str, str | None], root: Path, scratch: str) -> dict[str, Any]:
     before = tree(root)
     out, err = f"{scratch}/out", f"{scratch}/err"
     child = os.fork()
     if child == 0:
-        in_child(script, arguments, out, err)
+        in_child(script, arguments, env, out, err)
     _, status = os.waitpid(child, 0)
     return {
         "code": os.waitstatus_to_exitcode(status),
@@ -60,6 +67,6 @@ if __name__ == "__main__":
         for line in sys.stdin:
             task = json.loads(line)
             os.chdir(task["root"])
-            said = answer(task["script"], task["arguments"], Path(task["root"]), scratch)
+            said = answer(task["script"], task["arguments"], task.get("env", {}), Path(task["root"]), scratch)
             sys.stdout.write(json.dumps(said) + "\n")
             sys.stdout.flush()

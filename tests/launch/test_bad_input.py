@@ -5,12 +5,11 @@ The command lines run as processes of their own, through the script's main(), fo
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +67,15 @@ CASES = {
     ),
     "no assistant turn": Case(
         (), "{data}:1: messages: no assistant message", remedy="add the answer", data=message("user")
+    ),
+    "a conversation of which nothing is learned": Case(
+        (),
+        "{data}:2: messages: every assistant message has weight 0",
+        remedy="above 0",
+        data=message("assistant") + message("assistant").replace('"b"', '"b", "weight": 0'),
+    ),
+    "a line of 50 MB": Case(
+        (), "{data}:2: the line has more than 32 MiB", remedy="one JSON object a line", data=GOOD + "a" * 50_000_000
     ),
     "a record longer than the context": Case(
         ("data.truncate=error",),
@@ -193,7 +201,7 @@ CASES = {
         (f"output_dir={{root}}/{'x' * 300}",), "File name too long", "output_dir"
     ),
     "an output folder that holds a run": Case(
-        ("output_dir={root}/run", "resume=never"), "{root}/run already holds a run.", "output_dir", "resume=auto"
+        ("output_dir={root}/run", "resume=never"), "{root}/run already holds a run.", "output_dir", "resume.source=auto"
     ),
     "a cache folder that is a file": Case(
         ("data.cache_dir={root}/a_file",),
@@ -201,18 +209,29 @@ CASES = {
         "data.cache_dir",
         "that you may write to",
     ),
-    "no such checkpoint": Case(("resume={root}/nope",), "there is no checkpoint.", "{root}/nope", "a run folder"),
+    "no such checkpoint": Case(
+        ("resume.source={root}/nope",), "there is no checkpoint.", "{root}/nope", "a run folder"
+    ),
+    "a folder to resume from, as an option": Case(
+        ("resume={root}/run",),
+        "resume has no option '{root}/run': it is auto or never.",
+        "command line",
+        "write resume.source={root}/run",
+    ),
     "a checkpoint of another adapter": Case(
-        ("resume={root}/run", "adapter=lora"),
-        "made with adapter=none",
+        ("resume.source={root}/run", "adapter=lora"),
+        "adapter.kind: was none, is lora",
         "{root}/run/checkpoints/step-000001",
         "resume=never",
     ),
     "a checkpoint of other data": Case(
-        ("resume={root}/run",), "the checkpoint was made with data=", "{root}/run", "resume=never", data=GOOD * 2
+        ("resume.source={root}/run",), "data: was ", "{root}/run", "resume.allow=[data]", data=GOOD * 2
     ),
     "a checkpoint that was cut short": Case(
-        ("resume={root}/cut",), "is missing or cut short", "{root}/cut", "remove this"
+        ("resume.source={root}/cut",), "state.json has 1 bytes instead of", "{root}/cut", "another checkpoint"
+    ),
+    "a name that is not compared": Case(
+        ("resume.allow=[sed]",), "resume.allow names 'sed', which is not compared. Did you mean seed?", "resume.allow"
     ),
     "a sequence beyond the model's positions": Case(
         ("batch.sequence_length=4096",),
@@ -285,31 +304,9 @@ def make_inputs(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(command: Run) -> Run:
     """run(root, *arguments) runs launch/train.py in the folder root."""
-    home = tmp_path_factory.mktemp("home")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SLURM_", "RANK"))}
-    ours = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    folders = {"TORCH_EXTENSIONS_DIR": str(home / "extensions"), "HF_HOME": str(home / "hf")}
-    log = (home / "log").open("w")
-    command = [sys.executable, str(Path(__file__).parent / "commands.py")]
-    server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=kept | ours | folders
-    )
-
-    def call(root: Path, *arguments: str) -> dict[str, Any]:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        server.stdin.write(json.dumps({"script": "train", "arguments": arguments, "root": str(root)}) + "\n")
-        server.stdin.flush()
-        line = server.stdout.readline()
-        assert line, (home / "log").read_text()
-        return json.loads(line)
-
-    with log, server:
-        yield call
-        assert server.stdin is not None
-        server.stdin.close()
+    return partial(command, "train")
 
 
 def of_one_step(root: Path) -> list[str]:
@@ -346,6 +343,7 @@ def answers(root: Path, run: Run) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.row(21)
 @pytest.mark.parametrize("name", CASES)
 def test_it_ends_with_one_clear_message_and_leaves_nothing(name: str, root: Path, answers: dict[str, Any]) -> None:
     case, answer = CASES[name], answers[name]
@@ -383,11 +381,12 @@ def test_the_cache_holds_whole_folders_only(root: Path, answers: dict[str, Any])
     assert not [path for path in (root.parent / "cache").iterdir() if path.name.startswith(".")]
 
 
-def test_a_checkpoint_of_another_world_size_is_refused_once_for_all_ranks(root: Path, launch: Any) -> None:
-    done = launch("deepspeed", "train", *of_one_step(root), f"output_dir={root}/two_ranks", f"resume={root}/run")
+def test_a_checkpoint_of_another_run_is_refused_once_for_all_ranks(root: Path, launch: Any) -> None:
+    drifted = ("seed=1", f"output_dir={root}/two_ranks", f"resume.source={root}/run")
+    done = launch("deepspeed", "train", *of_one_step(root), *drifted)
     said = done.stdout + done.stderr
     assert done.returncode != 0
-    assert said.count("the checkpoint was made with world_size=1, this run has world_size=2") == 1
+    assert said.count("the checkpoint is of another run. seed: was 0, is 1.") == 1
     assert not (root / "two_ranks").exists()
 
 

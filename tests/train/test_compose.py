@@ -260,3 +260,17 @@ def test_every_setting_has_a_type_that_can_be_said() -> None:
     assert said["optimizer.max_grad_norm"] == "a number or null"
     assert said["engine.precision"] == f"one of {', '.join(precision.value for precision in Precision)}"
     assert said["track.tags"] == "a list of texts"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("resume=''", "do: leave it out"),
+        ("resume=/runs/other", "do: write resume.source=/runs/other"),
+        ("resume=nevr", "it is auto or never"),
+        ("checkpoint.async=true", "Did you mean checkpoint.async_save?"),
+        ("resume_from_checkpoint=/runs/other", "Did you mean resume.source?"),
+    ],
+)
+def test_what_a_run_goes_on_from_is_found_by_other_spellings(override: str, words: str) -> None:
+    assert words in error_of(override, "model=tiny", "data=example")

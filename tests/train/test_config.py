@@ -74,7 +74,15 @@ RULES = [  # overrides; the last one is the key that is named; words of the prob
     (["engine=zero3_nvme", "engine.nvme_path=null"], "NVMe offload needs engine.nvme_path.", "/local/nvme"),
     (["engine=zero3_nvme", "engine.nvme_path=''"], "engine.nvme_path is empty.", "leave it out"),
     (["checkpoint.every_steps=0"], "every_steps must be above 0", "above 0"),
-    (["checkpoint.keep_last=0"], "keep_last must be above 0", "above 0"),
+    (["checkpoint.keep_last=1"], "keep_last=1 leaves nothing to go back to", "keep at least 2"),
+    (
+        ["optimizer.on_spike=rollback", "checkpoint.every_steps=null", "checkpoint.every_minutes=null"],
+        "on_spike=rollback needs checkpoints",
+        "set checkpoint.every_steps",
+    ),
+    (["checkpoint.every_minutes=0"], "every_minutes must be above 0", "above 0"),
+    (["checkpoint.keep_every_steps=0"], "keep_every_steps must be above 0", "above 0"),
+    (["checkpoint.max_failed_saves=0"], "max_failed_saves must be above 0", "above 0"),
     (["evaluate.every_steps=0"], "every_steps must be above 0", "above 0"),
     (["evaluate.batch_size=0"], "batch_size must be above 0", "above 0"),
     (["evaluate.max_new_tokens=0"], "max_new_tokens must be above 0", "above 0"),
@@ -101,7 +109,7 @@ RULES = [  # overrides; the last one is the key that is named; words of the prob
     (["seed=-1"], "seed=-1 is outside 0 to 4294967295.", "choose a seed from that range."),
     (["seed=4294967296"], "is outside 0 to 4294967295.", "choose a seed"),
     (["output_dir=''"], "output_dir is empty.", "leave it out"),
-    (["resume=''"], "resume is empty.", "leave it out"),
+    (["resume.source=''"], "resume.source is empty.", "leave it out"),
     *(
         ([f"model.trust_remote_code={value}"], "must be true or false, not", "without quotes")
         for value in ("yes", "1", "null", '"true"', "maybe", "[true]")
@@ -178,5 +186,5 @@ def test_the_schema_imports_neither_hydra_nor_torch() -> None:
 def test_every_group_of_the_design_is_in_the_schema() -> None:
     groups = {key.split(".")[0] for key in schema_keys(Config) if "." in key}
     assert " ".join(sorted(groups)) == (
-        "adapter batch checkpoint cluster data engine evaluate model objective optimizer profile schedule track"
+        "adapter batch checkpoint cluster data engine evaluate model objective optimizer profile resume schedule track"
     )

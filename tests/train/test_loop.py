@@ -127,6 +127,7 @@ def assert_same_curve(curve: Curve, reference: Curve) -> None:
     assert curve["norms"] == pytest.approx(reference["norms"], rel=TOLERANCE)
 
 
+@pytest.mark.row(22)
 @pytest.mark.parametrize(("world_size", "stage", "micro", "adapter"), [*QUICK, *SLOW])
 def test_the_loss_curve_does_not_depend_on_the_split(
     curve_of: CurveOf, world_size: int, stage: int, micro: int, adapter: str
@@ -150,6 +151,7 @@ def test_the_reference_curve_learns_and_is_clipped(curve_of: CurveOf, adapter: s
     assert bool(reference["lora_b"]) == (adapter == "lora")
 
 
+@pytest.mark.row(22)
 def test_the_matrix_has_uneven_micro_batches_and_a_rank_without_targets(curve_of: CurveOf) -> None:
     curve = curve_of(2, 2, 4, "none")
     assert curve["last_targets"][0][0] > 0

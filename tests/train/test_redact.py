@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tunesmith.train.redact import HIDDEN, names_a_secret, redact, redact_text
@@ -108,3 +113,24 @@ def test_secrets_in_free_text_are_hidden(text: str, clean: str) -> None:
 )
 def test_ordinary_text_is_not_touched(text: str) -> None:
     assert redact_text(text) == text
+
+
+def test_a_secret_that_a_library_has_shortened_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_API_KEY", "kanarienvogel-1-of-a-cage")
+    assert redact_text("Value 'kanarienvogel-1-of... is wrong") == f"Value '{HIDDEN}... is wrong"
+    assert redact_text("'kanarienvogel…'") == f"'{HIDDEN}…'"
+    assert redact_text("kanarienvogel-2 and kanarienvogel-1-of-a-cage") == f"kanarienvogel-2 and {HIDDEN}"
+
+
+def test_tracebacks_of_any_thread_are_printed_without_secrets(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, threading\nfrom tunesmith.train.redact import redact_uncaught\nredact_uncaught()\n"
+        "def fail():\n    raise RuntimeError('it is ' + os.environ['MY_API_KEY'])\n"
+        "thread = threading.Thread(target=fail)\nthread.start()\nthread.join()\nfail()\n"
+    )
+    environment = os.environ | {"MY_API_KEY": "kanarienvogel-1"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count(f"RuntimeError: it is {HIDDEN}\n") == 2
+    assert "kanarienvogel-1" not in done.stderr

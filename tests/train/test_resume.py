@@ -57,6 +57,7 @@ def in_pieces(rank: Any, overrides: list[str], run_dir: str, stop_after: list[in
     return rank.train_in_pieces(overrides, run_dir, stop_after)
 
 
+@pytest.mark.row(17)
 @pytest.mark.parametrize(
     ("stage", "adapter"),
     [
@@ -129,6 +130,7 @@ def kill_at(step: int, run_dir: Path, processes: list[subprocess.Popen[bytes]]) 
     assert [process.wait() for process in processes] == [-signal.SIGKILL] * len(processes)
 
 
+@pytest.mark.row(17)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("stage", "adapter"),

@@ -9,6 +9,7 @@ from tunesmith.train.errors import ConfigError
 from tunesmith.train.run_folder import best_folder, check_usable, create, is_finished
 
 
+@pytest.mark.row(26)
 def test_a_second_run_is_refused_while_the_first_one_writes(tmp_path):
     lock = create(tmp_path / "run", "name: one")
     with pytest.raises(ConfigError, match="another run is writing"):
@@ -41,3 +42,15 @@ def test_a_published_model_leaves_its_draft_until_it_is_discarded(tmp_path):
     assert is_finished(tmp_path)
     assert os.listdir(tmp_path / "model") == ["model.safetensors"]
     assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize("source", ["never", "runs/other"])
+def test_a_run_that_died_before_its_first_save_may_start_once_more(tmp_path, source):
+    create(tmp_path, "name: one").release()
+    (tmp_path / "checkpoints/step-000002.tmp-0a1b2c31").mkdir(parents=True)
+    check_usable(tmp_path, source)
+    for kept in ("checkpoints/step-000002", "checkpoints/step-000002.bad-1", "model"):
+        (tmp_path / kept).mkdir()
+        with pytest.raises(ConfigError, match="already holds a run"):
+            check_usable(tmp_path, source)
+        (tmp_path / kept).rmdir()

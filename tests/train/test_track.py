@@ -321,6 +321,7 @@ def stalling_server() -> Iterator[str]:
             connection.close()
 
 
+@pytest.mark.row(25)
 def test_a_server_that_stalls_delays_nothing(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, stalling_server: str
 ) -> None:
@@ -346,15 +347,19 @@ def test_a_server_that_stalls_delays_nothing(
 
 
 class Backend(http.server.BaseHTTPRequestHandler):
-    """As much of the W&B server as a run needs to start; it stops answering when `stalls` is set."""
+    """As much of the W&B server as a run needs to start; it stops answering when `stalls` is set, or answers 500."""
 
     stalls = threading.Event()
+    fails = threading.Event()
     ended = threading.Event()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.stalls.is_set():
             self.ended.wait(60)
+            return
+        if self.fails.is_set():
+            self.send_error(500)
             return
         bucket = {"id": "x", "name": "x", "displayName": "x", "project": {"name": "p", "entity": {"name": "e"}}}
         data = {"upsertBucket": {"bucket": bucket, "inserted": True}} if b"upsertBucket" in body else {"model": None}
@@ -373,6 +378,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Backend]]:
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
         Backend.stalls.clear()
+        Backend.fails.clear()
         Backend.ended.clear()
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -382,6 +388,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Backend]]:
         thread.join()
 
 
+@pytest.mark.row(25)
 def test_a_server_that_stalls_in_mid_run_delays_only_the_end_and_not_for_long(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, backend: type[Backend]
 ) -> None:
@@ -405,6 +412,56 @@ def test_a_server_that_stalls_in_mid_run_delays_only_the_end_and_not_for_long(
     assert len([row for row in logged_to_wandb(run_dir) if "train/loss" in row]) == 1000  # there to be synced
 
 
+@pytest.mark.row(25)
+def test_a_server_that_answers_500_in_mid_run_delays_no_step_and_loses_no_row(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, backend: type[Backend]
+) -> None:
+    monkeypatch.setattr(track, "FINISH_TIMEOUT", 1.0)
+    warnings: list[str] = []
+    tracker = open_tracker(run_dir, WandbMode.auto, warn=warnings.append)
+    deadline = time.monotonic() + 8
+    while tracker.wandb_place is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert str(tracker.wandb_place).startswith("http://127.0.0.1"), warnings  # it is online
+    backend.fails.set()
+    started = time.monotonic()
+    for step in range(1, 1001):
+        tracker.log(step, {"train/loss": 1.0})
+    assert time.monotonic() - started < 2
+    tracker.finish({})
+    assert time.monotonic() - started < 8
+    assert len(warnings) <= 1
+    assert len(rows_of(run_dir / "metrics.jsonl")) == 1000
+    assert len([row for row in logged_to_wandb(run_dir) if "train/loss" in row]) == 1000  # there to be synced
+
+
+@pytest.mark.row(26)
+def test_a_real_disk_that_is_full_is_one_warning_and_no_crash(run_dir: Path) -> None:
+    """RLIMIT_FSIZE: writes beyond it fail in the kernel, as on a full disk."""
+    code = f"""
+        import resource, signal
+        from pathlib import Path
+        from types import SimpleNamespace
+        from tunesmith.train.config import TrackConfig, WandbMode
+        from tunesmith.train.track import Tracker
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+        config = SimpleNamespace(name="x", track=TrackConfig(wandb=WandbMode.disabled))
+        warnings = []
+        tracker = Tracker(config, Path({str(run_dir)!r}), resolved={{}}, warn=warnings.append)
+        for step in range(1, 101):
+            tracker.log(step, {{"train/loss": 1.0}})
+        tracker.finish({{"status": "finished"}})
+        assert len(warnings) == 1, warnings
+        assert "metrics.jsonl cannot be written" in warnings[0]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    lines = (run_dir / "metrics.jsonl").read_bytes().split(b"\n")
+    assert 5 < len(lines) < 100
+    assert json.loads((run_dir / "summary.json").read_text()) == {"status": "finished"}
+
+
+@pytest.mark.row(25)
 @pytest.mark.usefixtures("online")
 def test_an_unreachable_server_is_one_warning_and_an_offline_run(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

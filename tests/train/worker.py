@@ -102,7 +102,9 @@ class Rank:
                 else:
                     run.engine.train()
                     for _ in range(limit):
-                        loop._one_step()
+                        step = loop._one_step()
+                        if step is not None:
+                            run.checkpoints.advance(step.verdict, run.state.step)
                         if loop._due(run.config.checkpoint.every_steps):
                             loop._save()
                 found |= {first + index: loss for index, loss in enumerate(recorder.losses)}

@@ -15,6 +15,7 @@ from tunesmith.train.errors import DataError
 
 MANIFEST = "manifest.json"
 CHECKED_BYTES = 1 << 22  # at either end of a file: all of a small one, and no long wait for a large one
+OWNER_ONLY = 0o700
 HEAD_START_SECONDS = 10.0  # how long other ranks wait for local rank 0 to begin building
 
 
@@ -35,7 +36,7 @@ def open_or_build(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     if _is_whole(folder):
         return folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(OWNER_ONLY, parents=True, exist_ok=True)  # it holds what the records say
         lock = FileLock(root / f"{key}.lock")
         if world_from_environment().local_rank > 0:
             _wait_for_builder(folder, lock)

@@ -14,6 +14,9 @@ from tunesmith.train.paths import resolve_path
 
 HUB_SCHEME = "hub:"
 SUFFIXES = (".jsonl", ".jsonl.gz")
+MAX_LINE_BYTES = 32 * 2**20  # far beyond any context; a longer line is a file that is no JSONL, or a trap
+MAX_UNPACKING = 200  # times its size that a .gz file may unpack to: text packs 3 to 20 times, an attack 1000 times
+FREE_BYTES = 64 * 2**20  # unpacked, below which that is not asked
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -29,10 +32,29 @@ class Source:
         assert self.path is not None
         try:
             with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
-                for number, line in enumerate(file):
-                    yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+                number = num_bytes = 0
+                while line := file.readline(MAX_LINE_BYTES + 1):
+                    number, num_bytes = number + 1, num_bytes + len(line)
+                    self._check_size(number, len(line), num_bytes)
+                    yield line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{self.name} can't be read: {error}", at=self.name) from error
+
+    def _check_size(self, number: int, line_bytes: int, num_bytes: int) -> None:
+        """Raises DataError for a line, or a packed file, that no memory holds."""
+        assert self.path is not None
+        if line_bytes > MAX_LINE_BYTES:
+            raise DataError(
+                f"{self.name}:{number}: the line has more than {MAX_LINE_BYTES // 2**20} MiB.",
+                do="write one JSON object a line, each short enough to be trained on.",
+            )
+        is_packed = self.path.suffix == ".gz" and num_bytes > FREE_BYTES
+        if is_packed and num_bytes > MAX_UNPACKING * self.path.stat().st_size:
+            raise DataError(
+                f"{self.name} unpacks to more than {MAX_UNPACKING} times its size.",
+                at=self.name,
+                do="unpack it yourself if it is what you think.",
+            )
 
     def rows(self) -> Any:
         """The rows of a hub dataset: a `datasets.Dataset`."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.schema.checks import check_no_empty_text, check_not_negative, check_positive
+from tunesmith.train.schema.checks import check_no_empty_text, check_not_negative, check_positive, check_strings
 
 MAX_TIMEOUT_MINUTES = 60.0 * 24 * 365  # a year: beyond any wait, within what a timedelta holds
 
@@ -26,12 +26,39 @@ class Device(StrEnum):
 class CheckpointConfig:
     """When the whole state of the run is saved, and what is kept."""
 
-    every_steps: int | None = None  # optimizer steps between two saves; null: only at the end
+    every_steps: int | None = None  # optimizer steps between two saves; null: none by steps
+    every_minutes: float | None = None  # minutes between two saves, by rank 0's clock, besides every_steps; null: none
     at_end: bool = True  # a checkpoint after the last step, from which the run can be extended
-    keep_last: int = 2  # newest checkpoints kept; the one with the best eval loss is kept besides
+    keep_last: int = 2  # newest checkpoints kept, at least 2; the one with the best eval loss is kept besides
+    keep_every_steps: int | None = None  # checkpoints of steps that this divides are kept for good; null: none
+    async_save: bool = False  # write in the background while training goes on, from a copy in host memory
+    max_failed_saves: int = 3  # saves in a row that could not be written, as on a full disk, before the run ends
 
     def __post_init__(self) -> None:
-        check_positive("checkpoint", every_steps=self.every_steps, keep_last=self.keep_last)
+        check_positive(
+            "checkpoint",
+            every_steps=self.every_steps,
+            every_minutes=self.every_minutes,
+            keep_every_steps=self.keep_every_steps,
+            max_failed_saves=self.max_failed_saves,
+        )
+        if self.keep_last < 2:
+            raise ConfigError(
+                f"keep_last={self.keep_last} leaves nothing to go back to when the newest checkpoint is damaged.",
+                key="checkpoint.keep_last",
+                do="keep at least 2.",
+            )
+
+
+@dataclass(kw_only=True)
+class ResumeConfig:
+    """What the run goes on from."""
+
+    source: str  # auto: output_dir's newest whole checkpoint, if it has any; never; or a run folder or a checkpoint
+    allow: list[str] = field(default_factory=list)  # what may differ from the checkpoint: names from the error, owner
+
+    def __post_init__(self) -> None:
+        check_no_empty_text(self, "resume.")
 
 
 @dataclass(kw_only=True)
@@ -70,6 +97,7 @@ class TrackConfig:
 
     def __post_init__(self) -> None:
         check_positive("track", every_steps=self.every_steps)
+        check_strings("track.tags", self.tags, what="tag")
         check_no_empty_text(self, "track.")
 
 
@@ -89,13 +117,26 @@ class ClusterConfig:
     """The machines the run is on."""
 
     device: Device = Device.auto  # auto: GPUs where there are any; cuda; cpu
-    timeout_minutes: float = 10.0  # a collective that takes longer ends the run
+    timeout_minutes: float = 10.0  # a rank that stands still longer in a step or a batch of an evaluation ends the run
+    start_timeout_minutes: float = 30.0  # the same while ranks meet, load and do their first step, which compiles
+    save_timeout_minutes: float = 30.0  # the same while a checkpoint or the model is written or read back
+    time_limit_minutes: float | None = None  # of the process: it saves and stops in time before; null: no limit
+    check_replicas_every: int | None = None  # steps between two comparisons of the ranks' weights; null: never
 
     def __post_init__(self) -> None:
-        check_positive("cluster", timeout_minutes=self.timeout_minutes)
-        if self.timeout_minutes > MAX_TIMEOUT_MINUTES:
-            raise ConfigError(
-                f"timeout_minutes={self.timeout_minutes:g} is more than a year.",
-                key="cluster.timeout_minutes",
-                do="give the minutes after which a rank that does not answer is lost, such as 10.",
-            )
+        check_positive(
+            "cluster", check_replicas_every=self.check_replicas_every, time_limit_minutes=self.time_limit_minutes
+        )
+        timeouts = {
+            "timeout_minutes": self.timeout_minutes,
+            "start_timeout_minutes": self.start_timeout_minutes,
+            "save_timeout_minutes": self.save_timeout_minutes,
+        }
+        check_positive("cluster", **timeouts)
+        for name, minutes in timeouts.items():
+            if minutes > MAX_TIMEOUT_MINUTES:
+                raise ConfigError(
+                    f"{name}={minutes:g} is more than a year.",
+                    key=f"cluster.{name}",
+                    do="give the minutes after which a rank that does not answer is lost, such as 10.",
+                )

@@ -26,6 +26,12 @@ class Precision(StrEnum):
     fp32 = "fp32"
 
 
+class OnSpike(StrEnum):
+    warn = "warn"
+    rollback = "rollback"
+    stop = "stop"
+
+
 class Offload(StrEnum):
     none = "none"
     cpu = "cpu"
@@ -75,6 +81,9 @@ class OptimizerConfig:
     eps: float = 1e-8  # added to the root of the mean squared gradient
     max_grad_norm: float | None = 1.0  # global L2 norm the gradient is clipped to; null: no clipping
     max_skipped_steps: int = 10  # steps in a row with a non-finite loss or gradient before the run ends
+    on_spike: OnSpike = OnSpike.warn  # when the loss leaps: warn; rollback to the checkpoint before; or stop
+    spike_sigma: float = 6.0  # standard deviations above the mean of the last 128 losses that make a leap
+    max_rollbacks: int = 3  # times a run goes back before a further leap ends it
 
     def __post_init__(self) -> None:
         check_positive(
@@ -83,6 +92,8 @@ class OptimizerConfig:
             eps=self.eps,
             max_grad_norm=self.max_grad_norm,
             max_skipped_steps=self.max_skipped_steps,
+            spike_sigma=self.spike_sigma,
+            max_rollbacks=self.max_rollbacks,
         )
         check_fraction("optimizer", beta1=self.beta1, beta2=self.beta2)
         check_not_negative("optimizer", weight_decay=self.weight_decay)

@@ -1,0 +1,168 @@
+"""What each rank of a node is doing, in memory that outlives any of them.
+
+One file of shared memory a node, with a slot for each of its ranks; unlinked as soon as all have opened it, so that
+nothing is left behind however they end. A rank writes its own slot and reads all: the watchdog (watchdog.py) finds out
+from it who died, where, and whom the others wait for. The clock is the monotonic one, which all processes of a host
+share.
+
+    header | claimed, exit code, cause
+    slot   | pid rank state stacks_fd | step num_changes timeout_kind changed allowed phase | beat collective
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+HEADER = struct.Struct("=qq")
+LINE = struct.Struct("=900s")
+IDENTITY = struct.Struct("=qqqq")
+PLACE = struct.Struct("=qqqdd64s")
+BEAT = struct.Struct("=dq")
+LINE_AT, HEADER_BYTES = 16, 1024
+IDENTITY_AT, PLACE_AT, BEAT_AT, SLOT_BYTES = 0, 32, 136, 192
+LOCK_SECONDS = 1.0  # for the lock of the claim, held for microseconds unless its holder was stopped
+
+
+class State(IntEnum):
+    absent = 0
+    running = 1
+    done = 2  # it has nothing more to do: its end is no failure
+
+
+class Claim(IntEnum):
+    none = 0
+    claimed = 1  # a rank is about to tell what happened
+    told = 2  # it has: the others can end
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One rank as the board shows it. changed and beat are monotonic seconds, allowed the seconds a phase may take."""
+
+    rank: int
+    pid: int
+    state: State
+    stacks_fd: int
+    step: int
+    num_changes: int
+    timeout_kind: int
+    changed: float
+    allowed: float
+    phase: str
+    beat: float
+    collective: int
+
+    @property
+    def where(self) -> str:
+        return f"at step {self.step}, in {self.phase}"
+
+
+class Board:
+    """The board of this node, opened by the rank with this local_rank. Raises OSError when it cannot be opened."""
+
+    def __init__(self, path: Path, num_slots: int, local_rank: int) -> None:
+        self._num_slots = num_slots
+        self._offset = HEADER_BYTES + local_rank * SLOT_BYTES
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._memory = mmap.mmap(self._fd, board_bytes(num_slots))
+        self._lock = threading.Lock()
+
+    def enter(self, rank: int, stacks_fd: int) -> None:
+        """This process takes its slot; from now on its end is a failure until it is done."""
+        self._put(IDENTITY, IDENTITY_AT, os.getpid(), rank, State.running, stacks_fd)
+
+    def leave(self) -> None:
+        """This rank has nothing more to do."""
+        pid, rank, _, stacks_fd = self._get(IDENTITY, self._offset + IDENTITY_AT)
+        self._put(IDENTITY, IDENTITY_AT, pid, rank, State.done, stacks_fd)
+
+    def reached(self, step: int, phase: str, num_changes: int, timeout_kind: int, allowed: float) -> None:
+        """This rank is in a phase from now on."""
+        text = phase.encode()[:64]
+        self._put(PLACE, PLACE_AT, step, num_changes, timeout_kind, time.monotonic(), allowed, text)
+
+    def beat(self, collective: int) -> None:
+        """This process still runs Python; its main thread has issued so many collectives."""
+        self._put(BEAT, BEAT_AT, time.monotonic(), collective)
+
+    def slots(self) -> list[Slot]:
+        """Every rank of the node that has entered."""
+        every = [self._slot(HEADER_BYTES + number * SLOT_BYTES) for number in range(self._num_slots)]
+        return [slot for slot in every if slot.state is not State.absent]
+
+    def _slot(self, at: int) -> Slot:
+        pid, rank, state, stacks_fd = self._get(IDENTITY, at + IDENTITY_AT)
+        step, num_changes, kind, changed, allowed, phase = self._get(PLACE, at + PLACE_AT)
+        beat, collective = self._get(BEAT, at + BEAT_AT)
+        text = phase.rstrip(b"\0").decode(errors="replace")
+        return Slot(
+            rank, pid, State(state), stacks_fd, step, num_changes, kind, changed, allowed, text, beat, collective
+        )
+
+    def claim(self, exit_code: int) -> bool:
+        """True for the one process of the node that may tell what happened."""
+        with self._lock, self._locked_between_processes():
+            if self.claimed is not Claim.none:
+                return False
+            HEADER.pack_into(self._memory, 0, Claim.claimed, exit_code)
+            return True
+
+    def told(self, line: str) -> None:
+        """What happened has been told: the others end at once."""
+        LINE.pack_into(self._memory, LINE_AT, line.encode()[: LINE.size])
+        HEADER.pack_into(self._memory, 0, Claim.told, self.exit_code)
+
+    @property
+    def claimed(self) -> Claim:
+        return Claim(self._get(HEADER, 0)[0])
+
+    @property
+    def exit_code(self) -> int:
+        """Of the claim: what every rank ends with."""
+        return int(self._get(HEADER, 0)[1])
+
+    @property
+    def cause(self) -> str:
+        """The line that was told."""
+        return str(self._get(LINE, LINE_AT)[0].rstrip(b"\0").decode(errors="replace"))
+
+    @contextlib.contextmanager
+    def _locked_between_processes(self) -> Iterator[None]:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.01)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _put(self, layout: struct.Struct, at: int, *values: object) -> None:
+        layout.pack_into(self._memory, self._offset + at, *values)
+
+    def _get(self, layout: struct.Struct, at: int) -> tuple:
+        return layout.unpack_from(self._memory, at)
+
+
+def board_bytes(num_slots: int) -> int:
+    return HEADER_BYTES + num_slots * SLOT_BYTES
+
+
+def make_board_file(num_slots: int) -> Path:
+    """An empty board that only this user can open, in memory where the system has a place for that."""
+    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    handle, name = tempfile.mkstemp(prefix="tunesmith-board-", dir=folder)
+    os.ftruncate(handle, board_bytes(num_slots))
+    os.close(handle)
+    return Path(name)
