@@ -28,7 +28,7 @@ test-slow: $(INSTALLED)  ## the wide matrices, which take longer
 	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not torture and not gpu"
 
 torture: $(INSTALLED)  ## every fault of the torture table, written into docs/reliability.md
-	$(BIN)/pytest -n 2 --dist loadscope -m "row and not slow" -q --torture-table docs/reliability.md
+	$(BIN)/pytest -n 2 --dist loadscope -m "row and not slow and not gpu" -q --torture-table=docs/reliability.md tests
 
 # Kernels are compiled by four processes at once: that is what their tests wait for.
 test-gpu: $(INSTALLED)  ## what only a GPU can show

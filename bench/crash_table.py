@@ -121,7 +121,7 @@ def flip_table(sides: Part) -> str:
     rows: list[Row] = [(title, lambda n, title=title: number[n](title)) for title, _ in FLIPPED]
     note = (
         "\nEach flip is drawn over all bytes of all files of the newest checkpoint (seeded, each side its own).\n"
-        "Trainer's restart with DeepSpeed does not read all of them (not model.safetensors, the tokenizer, scripts): a\n"
+        "Trainer's restart with DeepSpeed does not read all of them (not model.safetensors, tokenizer, scripts): a\n"
         "flip there is harmless, and counts as loaded with the same losses and weights.\n"
     )
     return f"## One random bit of the newest checkpoint, {count} times\n\n" + table("a flip is", there, rows) + note
@@ -155,8 +155,8 @@ def other_table(sides: Part) -> str:
         ("a call before the pickle in each file that holds one", hostile),
     ]
     note = (
-        "\nThe call is os.system, in opcodes that torch's weights_only reader knows too; Tunesmith's manifest was signed\n"
-        "again to fit the changed file, so that its digests do not decide.\n"
+        "\nThe call is os.system, in opcodes that torch's weights_only reader knows too; Tunesmith's manifest was\n"
+        "made to fit the changed file, so that its digests do not decide.\n"
     )
     return "## Other faults, ZeRO 2 unless said\n\n" + table("fault", there, rows) + note if there else ""
 

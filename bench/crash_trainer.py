@@ -20,7 +20,10 @@ def main(setting: Path, stage: int, trace_folder: Path) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     arguments = TrainingArguments(**training_arguments(stage))
-    arguments.device  # noqa: B018 - asks the ranks to meet, as the example scripts do before they load: ZeRO 3 needs it
+    if stage == 3:  # it splits the model while it is loaded: the ranks must have met by then
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
     trace = Trace(trace_folder, int(os.environ["RANK"]))
 
     class Traced(Trainer):

@@ -53,6 +53,13 @@ class Ended:
         return all(one.startswith(f"{EXIT_STOPPED} ") and LAUNCHER_GONE not in one for one in said)
 
     @property
+    def has_obeyed(self) -> bool:
+        """Of an attempt that was asked to stop: it did, and no rank died of something else meanwhile."""
+        if not self.ranks:  # on other machines, or the signal came before the first one
+            return self.code == EXIT_STOPPED or self.code < 0
+        return all(said.split()[:1] == [str(EXIT_STOPPED)] for said in self.ranks.values())
+
+    @property
     def how(self) -> str:
         if self.code < 0:
             return f"its launcher was ended by {signal.Signals(-self.code).name}"

@@ -140,10 +140,10 @@ class Supervisor:
             return EXIT_MISTAKE, False
         if ended.finished or _is_finished(self._folder, ended.code):
             return 0, False
-        if self._asked or ended.was_stopped:
+        if ended.was_stopped or (self._asked and ended.has_obeyed):
             return EXIT_STOPPED, False
         tell(f"the training died: {ended.how}")
-        return ended.code or 1, True
+        return ended.code or 1, not self._asked
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = self._asked or signal.Signals(number)

@@ -1,9 +1,9 @@
 """What each rank of a node is doing, in memory that outlives any of them.
 
-One file of shared memory a node, with a slot for each of its ranks; unlinked as soon as all have opened it, so that
-nothing is left behind however they end. A rank writes its own slot and reads all: the watchdog (watchdog.py) finds out
-from it who died, where, and whom the others wait for. The clock is the monotonic one, which all processes of a host
-share.
+One file of shared memory a node, with a slot for each of its ranks; unlinked as soon as all have opened it: from then
+on nothing is left behind however they end (a kill before that leaves a small file in /dev/shm). A rank writes its own
+slot and reads all: the watchdog (watchdog.py) finds out from it who died, where, and whom the others wait for. The
+clock is the monotonic one, which all processes of a host share.
 
     header | claimed, exit code, cause
     slot   | pid rank state stacks_fd | step num_changes timeout_kind changed allowed phase | beat collective

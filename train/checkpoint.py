@@ -26,7 +26,7 @@ import torch
 from tunesmith.train import conversion, durable
 from tunesmith.train.background_writer import Part
 from tunesmith.train.ballot import Verdict
-from tunesmith.train.checkpoint_find import FOLDER, Found, published, set_aside_after, step_folder
+from tunesmith.train.checkpoint_find import FOLDER, Found, make_way, published, set_aside_after, step_folder
 from tunesmith.train.checkpoint_publish import point_to, prune, publish
 from tunesmith.train.config import CheckpointConfig
 from tunesmith.train.distributed import World, broadcast_text, first_problem
@@ -216,18 +216,20 @@ class Checkpoints:
         return step_folder(self.run_dir, step)
 
     def _begin(self, target: Path) -> tuple[Path | None, str]:
-        """The staged folder, None when the step is there already, and what is wrong; the same on every rank."""
+        """The staged folder, None when the step is there already, whole; and what is wrong. The same on every rank."""
         problem = first_problem(self._lack_of_space(), self._device)
         if problem:
             return None, problem
         answer = {"folder": "", "problem": ""}
-        if self._world.rank == 0 and not target.exists():
-            staged = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
-            answer["folder"] = str(staged)
+        if self._world.rank == 0:
             try:
-                durable.make_folder(staged)
+                is_there, answer["problem"] = make_way(target)
+                if not is_there and not answer["problem"]:
+                    staged = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+                    answer["folder"] = str(staged)
+                    durable.make_folder(staged)
             except OSError as error:
-                answer["problem"] = f"{error.strerror}: {staged}"
+                answer["problem"] = f"{error.strerror}: {error.filename or target}"
         answer = json.loads(broadcast_text(json.dumps(answer), self._device))
         return (Path(answer["folder"]) if answer["folder"] else None), answer["problem"]
 

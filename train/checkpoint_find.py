@@ -19,12 +19,13 @@ from tunesmith.train import durable, manifest
 from tunesmith.train.config import ResumeConfig
 from tunesmith.train.distributed import World, broadcast_text, first_problem
 from tunesmith.train.errors import TrainingError
-from tunesmith.train.manifest import Manifest, ManifestError
+from tunesmith.train.manifest import Manifest, ManifestError, OtherFormat
 
 FOLDER = "checkpoints"  # in the run folder
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 STALE = re.compile(r"step-\d{6,}\.tmp-[0-9a-f]+")  # of a save that was never finished
 OWNER = "owner"  # in resume.allow
+UNREADABLE = "mend that and start again: the checkpoints stay as they are."
 Warn = Callable[[str], None]
 
 
@@ -103,6 +104,24 @@ def set_aside_after(run_dir: Path, step: int) -> list[str]:
     return [path.name for path in later if not _set_aside(path)]
 
 
+def make_way(path: Path) -> tuple[bool, str]:
+    """Whether a whole checkpoint is there, and why another cannot be put in its place. Rank 0 only, before a save.
+
+    A damaged one is set aside; a start may have come before without being able to.
+    """
+    if not path.exists():
+        return False, ""
+    try:
+        written = manifest.read_manifest(path)
+        _check_files(path, written)
+        damaged, unreadable = _check_digests(Found(path, written), World())
+    except (ManifestError, OSError) as error:
+        damaged, unreadable = str(error), ""
+    if not damaged and not unreadable:
+        return True, ""
+    return False, "" if _set_aside(path) else f"{path.name} is there, cannot be used and not be renamed"
+
+
 def _candidates(resume: ResumeConfig, run_dir: Path) -> list[Path]:
     if resume.source == "auto":
         return published(run_dir)
@@ -147,7 +166,8 @@ def _on_rank_0(ask: Callable[[], object], world: World, device: torch.device) ->
         except TrainingError as error:
             answer = {"error": [error.what, error.at, error.do]}
         except OSError as error:
-            answer = {"error": [f"the checkpoints cannot be read: {error.strerror}.", error.filename, None]}
+            where = None if error.filename is None else str(error.filename)
+            answer = {"error": [f"the checkpoints cannot be read: {error.strerror}.", where, UNREADABLE]}
     answer = json.loads(broadcast_text(json.dumps(answer), device))
     if "error" in answer:
         what, at, do = answer["error"]
@@ -156,14 +176,23 @@ def _on_rank_0(ask: Callable[[], object], world: World, device: torch.device) ->
 
 
 def _examine(path: Path, any_owner: bool, world: World, device: torch.device, warn: Warn) -> tuple[Found | None, str]:
-    """The checkpoint, or what is wrong with it. Raises TrainingError for one that is not to be trusted."""
+    """The checkpoint, or what is damaged in it.
+
+    Raises TrainingError for one that is not to be trusted, or of which this start cannot tell: it stays as it is.
+    """
 
     def look() -> list[str]:
         try:
             note = _check_owner(path, any_owner)
             _check_files(path, manifest.read_manifest(path))
             return ["", note, (path / manifest.NAME).read_text(encoding="utf-8")]
-        except (ManifestError, OSError) as error:
+        except OtherFormat as error:
+            raise _refusal(
+                f"the checkpoint is of another version of Tunesmith: {error}.",
+                path,
+                "go on with the version that wrote it, or start anew with another output_dir.",
+            ) from None
+        except (ManifestError, FileNotFoundError) as error:
             return [str(error), "", ""]
         except Untrusted as error:
             raise _refusal(
@@ -178,8 +207,10 @@ def _examine(path: Path, any_owner: bool, world: World, device: torch.device, wa
     if note:
         warn(note)
     found = Found(path, manifest.parse_manifest(text.encode()))
-    problem = first_problem(_check_digests(found, world), device)
-    if problem:
+    damaged, unreadable = _check_digests(found, world)
+    if problem := first_problem(unreadable, device):
+        raise _refusal(f"the checkpoint cannot be read. {problem}.", path, UNREADABLE)
+    if problem := first_problem(damaged, device):
         return None, problem.partition(": ")[2] if world.world_size > 1 else problem
     hostile = first_problem(_check_types(found, world), device)
     if hostile:
@@ -208,26 +239,30 @@ def _check_owner(path: Path, any_owner: bool) -> str:
 def _check_files(path: Path, written: Manifest) -> None:
     """Raises ManifestError for a file that is missing, of another size, or one too many."""
     for name, digest in written.files.items():
-        file = path / name
-        if not file.is_file():
-            raise ManifestError(f"{name} is missing")
-        if file.stat().st_size != digest.size:
-            raise ManifestError(f"{name} has {file.stat().st_size} bytes instead of {digest.size}")
+        try:
+            found = (path / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ManifestError(f"{name} is missing") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise ManifestError(f"{name} is no file")
+        if found.st_size != digest.size:
+            raise ManifestError(f"{name} has {found.st_size} bytes instead of {digest.size}")
     there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     extra = sorted(there - set(written.files) - {manifest.NAME})
     if extra:  # DeepSpeed takes what it finds by pattern
         raise ManifestError(f"{extra[0]} does not belong to it")
 
 
-def _check_digests(found: Found, world: World) -> str:
+def _check_digests(found: Found, world: World) -> tuple[str, str]:
+    """What is damaged in this rank's share, and what of it cannot be read."""
     for name, digest in _share(found, world):
         try:
             same = durable.digest_of(found.path / name) == digest
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+        except OSError as error:  # also a file that rank 0 has just seen: this rank sees another folder
+            return "", f"{name}: {error.strerror}"
         if not same:
-            return f"{name} is damaged: its digest does not fit"
-    return ""
+            return f"{name} is damaged: its digest does not fit", ""
+    return "", ""
 
 
 def _check_types(found: Found, world: World) -> str:

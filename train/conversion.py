@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,19 @@ class Conversion:
     target: Path
     process: "subprocess.Popen[str] | None"
     _said: str = ""  # on its stderr
+    _gave_up: str = ""  # why nobody waits for it any more
 
-    def wait(self, device: torch.device) -> Path:
-        """The folder of whole parameters, on every rank. Raises TrainingError on all of them when there is none."""
-        state = RUNNING
+    def wait(self, device: torch.device, *, minutes: float) -> Path:
+        """The folder of whole parameters, on every rank. Raises TrainingError on all of them when there is none.
+
+        minutes: of waiting, after which the process counts as hanging. The ranks are not: they ask it all the time.
+        """
+        state, deadline = RUNNING, time.monotonic() + 60 * minutes
         while state == RUNNING:
             reach("converting the checkpoint")
             state = distributed.max_over_ranks(self._state(), device)
+            if state == RUNNING and distributed.max_over_ranks(time.monotonic() > deadline, device):
+                state = self._give_up(f"it was not done in {minutes:g} minutes (cluster.start_timeout_minutes)")
         problem = distributed.broadcast_text(self._problem() if state == FAILED else None, device)
         if not problem and not distributed.all_ranks(self.target.is_dir(), device):
             problem = "not every rank sees the folder that rank 0 has converted it to"
@@ -64,9 +71,16 @@ class Conversion:
             return RUNNING
         return DONE if self.process.returncode == 0 else FAILED
 
+    def _give_up(self, reason: str) -> float:
+        self._gave_up = reason
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+        return FAILED
+
     def _problem(self) -> str:
-        if self.process is None:
-            return ""
+        if self.process is None or self._gave_up:
+            return self._gave_up
         if self.process.returncode < 0:
             return f"the process that did it was ended by {signal.Signals(-self.process.returncode).name}"
         lines = self._said.strip().splitlines()

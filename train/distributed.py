@@ -179,7 +179,7 @@ def first_problem(problem: str, device: torch.device) -> str:
 
 
 def gather_floats(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of every rank, [n, k] float64 with the same n on each, stacked in rank order: [world_size * n, k]."""
+    """Rows of every rank, [n, k] of the same n and dtype on each, stacked in rank order: [world_size * n, k]."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return rows
     gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]

@@ -5,12 +5,13 @@ template beside it. The best weights are written while they are live, with a dig
 they are put back into the live model, which answers the questions, and the files are opened and compared with both.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,23 +39,60 @@ LOGIT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
 def write(engine: "Engine", tokenizer: Any, config: Config, folder: Path) -> None:
-    """Writes the live weights to a folder and their digests to <folder>.digests.json. Every rank calls it."""
+    """Writes the live weights to a folder and their digests to <folder>.digests.json. Every rank calls it.
+
+    Raises TrainingError, on all ranks, when rank 0 cannot write them; nothing of them is left then.
+    """
     names = saved_names(engine.module, config)
-    writer = ShardWriter(folder, "adapter_model" if _is_adapter(config) else "model")
-    digests: dict[str, str] = {}
-    if engine.world.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    for name, tensor in live_tensors(engine, names):
-        if engine.world.rank == 0:
-            whole = tensor.detach().to("cpu").contiguous()
-            digests[names[name]] = digest(whole)
-            writer.add(names[name], whole)
-    if engine.world.rank == 0:
-        writer.close()
-        _write_rest(engine.module, tokenizer, config, folder)
-        write_json(digest_file(folder), digests)
-    distributed.barrier()
+    draft = Draft(folder, "adapter_model" if _is_adapter(config) else "model") if engine.world.rank == 0 else None
+    for name, tensor in live_tensors(engine, names):  # to the end in any case: under ZeRO 3 all ranks give their part
+        if draft:
+            draft.add(names[name], tensor)
+    if draft:
+        draft.finish(lambda: _write_rest(engine.module, tokenizer, config, folder))
+    problem = distributed.first_problem(draft.problem if draft else "", engine.device)
+    if problem:
+        raise TrainingError(
+            f"the model could not be written. {problem}.",
+            at=str(folder),
+            do="free space there; the checkpoints of the run are not affected.",
+        )
+
+
+class Draft:
+    """A model that rank 0 writes while the others give their parts of it. What goes wrong stands in `problem`."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.problem = ""
+        self._folder = folder
+        self._writer = ShardWriter(folder, stem)
+        self._digests: dict[str, str] = {}
+        self._careful(self._begin)
+
+    def _begin(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self._careful(lambda: self._add(name, tensor.detach().to("cpu").contiguous()))
+
+    def _add(self, name: str, whole: torch.Tensor) -> None:
+        self._digests[name] = digest(whole)
+        self._writer.add(name, whole)
+
+    def finish(self, write_rest: Callable[[], None]) -> None:
+        self._careful(self._writer.close)
+        self._careful(write_rest)
+        self._careful(lambda: write_json(digest_file(self._folder), self._digests))
+
+    def _careful(self, action: Callable[[], None]) -> None:
+        if self.problem:
+            return
+        try:
+            action()
+        except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
+            self.problem = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+            remove_written(self._folder)
 
 
 def digest_file(folder: Path) -> Path:
@@ -221,8 +259,14 @@ def remove_others(folder: Path) -> None:
     """Leaves only this written model in its parent folder; rank 0 only."""
     for other in folder.parent.iterdir():
         if other.is_dir() and other != folder:
-            shutil.rmtree(other)
-            digest_file(other).unlink(missing_ok=True)
+            remove_written(other)
+
+
+def remove_written(folder: Path) -> None:
+    """Removes a written model with its digests, as far as it can be: discard_drafts() comes for the rest."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        digest_file(folder).unlink(missing_ok=True)
 
 
 def publish(draft: Path, target: Path) -> None:

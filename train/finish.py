@@ -96,6 +96,13 @@ def _prove(run: Run, folder: Path) -> str:
         try:
             proof = export.verify(folder, run.config, probe_ids, logits_TV)
             export.publish(folder, run.run_dir / run_folder.MODEL)
+        except OSError as error:
+            problem = TrainingError(
+                f"the model could not be read back and put in its place: {error}.",
+                at=str(run.run_dir / run_folder.MODEL),
+                do="free space there; the same command goes on from the newest checkpoint.",
+            )
+            problem.__cause__ = error
         except Exception as error:
             problem = error
     if not distributed.all_ranks(problem is None, run.engine.device):

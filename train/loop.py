@@ -1,5 +1,6 @@
 """One optimizer step, and the loop around it."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from tunesmith.train.ballot import Ballot, Verdict
 from tunesmith.train.data.store import MicroBatch
 from tunesmith.train.distributed import sum_over_ranks
 from tunesmith.train.engine import Engine
-from tunesmith.train.errors import Stopped
+from tunesmith.train.errors import Stopped, TrainingError
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.guards import Guards
 from tunesmith.train.profile import Profiler
@@ -92,6 +93,10 @@ class Loop:
         except Stopped:
             if self.run.state.step > 0:
                 self._save()
+                self.run.checkpoints.settle()
+            raise
+        except TrainingError:  # what ends a run in the loop is found by all ranks alike: none of them is gone
+            with contextlib.suppress(TrainingError):
                 self.run.checkpoints.settle()
             raise
 
@@ -234,11 +239,16 @@ class Loop:
             state.evaluations_without_better += 1
             return
         state.evaluations_without_better = 0
+        try:
+            self.write_model()
+        except TrainingError as error:  # on all ranks alike
+            older = "there are no older best weights" if state.best_step is None else f"step {state.best_step} stays it"
+            self.run.reporter.warn(f"step {state.step}: the best so far, but {error.what} {older}; training goes on")
+            return
         state.best_step, state.best_eval_loss = state.step, loss
-        self.write_model()
 
     def write_model(self) -> Path:
-        """Writes the live weights as the run's best so far. Every rank calls it."""
+        """Writes the live weights as the run's best so far. Every rank calls it. Raises TrainingError on all ranks."""
         self.run.reporter.phase("writing the model")
         reach("writing the model", self.run.state.step)
         folder = best_folder(self.run.run_dir, self.run.state.step)

@@ -19,6 +19,10 @@ class ManifestError(Exception):
     """What is wrong with a manifest, in a few words."""
 
 
+class OtherFormat(ManifestError):
+    """Nothing is wrong with it: another version of this code wrote it, and reads it."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """The run that a checkpoint is of: what must agree (fingerprint), and what the files were laid out for.
@@ -58,13 +62,14 @@ def library_versions() -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises ManifestError unless the file is, byte for byte, one that to_bytes() gave."""
+    """Raises ManifestError unless the file is, byte for byte, one that to_bytes() gave; OSError where it can't be read.
+
+    A manifest that cannot be read says nothing about the checkpoint: it may be read tomorrow.
+    """
     try:
         written = (folder / NAME).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ManifestError(f"{NAME} is missing") from None
-    except OSError as error:
-        raise ManifestError(f"{NAME} cannot be read: {error.strerror}") from None
     return parse_manifest(written)
 
 
@@ -78,7 +83,7 @@ def parse_manifest(written: bytes) -> Manifest:
     if digest != _digest(tree) or written != json_bytes(tree | {"sha256": digest}):
         raise ManifestError(f"{NAME} is damaged: its own digest does not fit")
     if found_format != FORMAT_VERSION:
-        raise ManifestError(f"its format is {found_format}, and this Tunesmith reads format {FORMAT_VERSION}")
+        raise OtherFormat(f"its format is {found_format}, and this Tunesmith reads format {FORMAT_VERSION}")
     try:
         return _from_tree(tree)
     except (KeyError, TypeError, ValueError):

@@ -122,9 +122,11 @@ def _train(
     from tunesmith.train.setup import set_up
     from tunesmith.train.summary import start_rows
 
+    # First, where the folder is there: setting up renames and removes in it. A new one is made once all else is well.
+    held = _of_folder(lambda: run_folder.hold(run_dir) if run_dir.is_dir() else None, world, device, run_dir)
     ready = set_up(composed.config, world, device, run_dir, tokenizer, data, reporter)
     reporter.table(start_rows(ready), composed.config.name)
-    lock = _create_folder(composed, world, device, run_dir)
+    lock = _of_folder(lambda: _create_folder(composed, run_dir, held), world, device, run_dir)
     watchdog.use_folder(run_dir, composed.config.name)
     reporter.begin(composed.config, composed.resolved, run_dir, ready.throughput, ready.total_steps, ready.state.step)
     # Whatever this run was resumed from: what it rolls back to is in its own folder.
@@ -189,15 +191,22 @@ def _tell_stopped(ready: "Run", stopped: Stopped) -> None:
         distributed.barrier()
 
 
-def _create_folder(composed: Composed, world: World, device: torch.device, run_dir: Path) -> FileLock | None:
-    """Rank 0 makes the run folder and holds its lock; every rank hears when it cannot."""
+def _create_folder(composed: Composed, run_dir: Path, held: FileLock | None) -> FileLock:
+    lock = run_folder.create(run_dir, yaml.safe_dump(redact(composed.resolved), sort_keys=False), held)
+    checkpoint_find.remove_stale(run_dir)
+    return lock
+
+
+def _of_folder(
+    take: "Callable[[], FileLock | None]", world: World, device: torch.device, run_dir: Path
+) -> FileLock | None:
+    """The lock that rank 0 takes on the run folder, None on the others; every rank hears when it cannot."""
     lock, problem = None, None
     try:
         if world.rank == 0:
-            lock = run_folder.create(run_dir, yaml.safe_dump(redact(composed.resolved), sort_keys=False))
-            checkpoint_find.remove_stale(run_dir)
+            lock = take()
     except (TunesmithError, OSError) as error:
         problem = error
     if not distributed.all_ranks(problem is None, device):
-        raise problem or TrainingError("rank 0 could not make the run folder.", at=str(run_dir))
+        raise problem or TrainingError("rank 0 could not take the run folder.", at=str(run_dir))
     return lock

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tunesmith.train import durable
 from tunesmith.train.config import Config
 from tunesmith.train.durable import write_json
 from tunesmith.train.errors import ConfigError
@@ -81,13 +82,22 @@ def check_links(folder: Path) -> None:
                 )
 
 
-def create(folder: Path, config_yaml: str) -> FileLock:
+def create(folder: Path, config_yaml: str, held: FileLock | None = None) -> FileLock:
     """Makes the folder with the resolved config in it; rank 0 only. The lock is the run's until its process ends.
 
-    Raises ConfigError when another run holds it.
+    held: the lock, where the folder was there before and is held already. Raises ConfigError when another run holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     check_links(folder)
+    lock = held or hold(folder)
+    staged = folder / f"{OURS}{CONFIG}"  # a name that makes no folder look used
+    durable.write_bytes(staged, config_yaml.encode())
+    durable.replace(staged, folder / CONFIG)
+    return lock
+
+
+def hold(folder: Path) -> FileLock:
+    """The lock of a folder that is there. Raises ConfigError when another run holds it."""
     lock = FileLock(folder / f"{OURS}lock")
     try:
         lock.acquire(timeout=0)
@@ -97,7 +107,6 @@ def create(folder: Path, config_yaml: str) -> FileLock:
             at="output_dir",
             do="wait for its end, or choose another output_dir.",
         ) from None
-    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
     return lock
 
 

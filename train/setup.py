@@ -112,7 +112,7 @@ def set_up(
     checkpoints = Checkpoints(run_dir, config.checkpoint, ours, world, device, reporter)
     seed_rank(config.seed, world.rank)
     reach("taking up the checkpoint" if found else "starting")
-    folder = converted.wait(device) if converted else None
+    folder = converted.wait(device, minutes=config.cluster.start_timeout_minutes) if converted else None
     state = checkpoints.load(engine, found, converted=folder, seed=config.seed) if found else RunState()
     rollback.take_up(state, run_dir, world, device)
     if state.best_step is not None and not best_folder(run_dir, state.best_step).is_dir():

@@ -107,7 +107,8 @@ def test_a_killed_rank_is_named(fail: Fail, launcher: str, rank: int, phase: str
 
 
 @pytest.mark.row(2)
-@pytest.mark.parametrize(("launcher", "rank"), [("torchrun", 1), pytest.param("deepspeed", 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "rank"), [("torchrun", 1), ("deepspeed", 0)])
 def test_the_traceback_of_the_rank_that_raised_comes_first_and_alone(fail: Fail, launcher: str, rank: int) -> None:
     ended = fail(launcher, f"raise:rank={rank},step=3,phase=backward")
     assert ended.code != 0
@@ -136,7 +137,12 @@ def test_a_rank_that_exits_early_fails_the_run(fail: Fail, launcher: str) -> Non
 
 HANGS = [
     # A rank that is slow, but within its time, is left alone.
-    ("torchrun", "slow:rank=0,step=1,phase=forward,seconds=4; sleep:rank=1,step=3,phase=forward", (1, 3, "forward")),
+    pytest.param(
+        "torchrun",
+        "slow:rank=0,step=1,phase=forward,seconds=4; sleep:rank=1,step=3,phase=forward",
+        (1, 3, "forward"),
+        marks=pytest.mark.slow,
+    ),
     pytest.param("deepspeed", "stop:rank=1,step=3,phase=backward", (1, 3, "backward"), marks=pytest.mark.slow),
     pytest.param("torchrun", "gil:rank=1,step=3,phase=evaluating", (1, 3, "evaluating"), marks=pytest.mark.slow),
     pytest.param("deepspeed", "gil:rank=0,step=3,phase=update", (0, 3, "update"), marks=pytest.mark.slow),

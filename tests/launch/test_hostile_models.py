@@ -165,7 +165,7 @@ def test_training_runs_no_code_of_a_model_folder(
 
 
 @pytest.mark.row(30)
-@pytest.mark.parametrize("script", ["chat", "evaluate"])
+@pytest.mark.parametrize("script", ["chat", pytest.param("evaluate", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plant", HOSTILE, ids=lambda plant: plant.__name__)
 def test_a_run_folder_runs_no_code_when_it_is_asked(
     plant: Callable[[Path, Path], None],

@@ -199,11 +199,7 @@ PLACES = [
     ("twice", "step=2,phase=forward", 3),
 ]
 SIGNALS = ("term", "int", "usr1")
-BY_DEFAULT = [
-    ("deepspeed", "term", "step"),
-    ("torchrun", "usr1", "generating"),
-    ("deepspeed", "term", "loading"),
-]
+BY_DEFAULT = [("torchrun", "usr1", "generating")]
 MATRIX = [
     (launcher, SIGNALS[(row + column) % 3], place)
     for row, launcher in enumerate(RANKS)

@@ -52,6 +52,8 @@ def body(arguments):
             if how == "stuck" and done % 10 == 5:
                 raise RuntimeError("always here")
         if stop_request.reason:
+            if how == "cannot_save":
+                raise RuntimeError("no room")
             save(folder, done)
             (folder / "stopped").write_text(str(done))
             raise Stopped(stop_request.reason, done)
@@ -172,6 +174,33 @@ def test_a_signal_is_passed_on_the_run_saves_and_is_not_started_again(
     assert len(starts(tmp_path)) == 1
     assert f"{number.name}: finishing the step, then saving" in err
     assert newest_checkpoint(tmp_path / "run") == int((tmp_path / "run/stopped").read_text())
+
+
+def test_a_run_that_dies_when_it_was_asked_to_stop_has_not_stopped(supervise, tmp_path: Path) -> None:
+    process = supervise(dies="cannot_save", step_seconds="0.05")
+    wait_for_start(tmp_path, 1)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "supervise: the training died: exit code 1" in err
+    assert len(starts(tmp_path)) == 1
+
+
+OBEYED = [  # what is left of an attempt that was asked to stop, and whether it did
+    (75, {0: "75 SIGTERM", 1: "75 another rank was asked to stop"}, True),
+    (-15, {0: "75 SIGTERM", 1: "75 the launcher has gone"}, True),  # the launcher was told too
+    (-15, {}, True),  # the signal came before the first rank
+    (1, {}, False),  # ranks on other machines
+    (1, {0: "75 SIGTERM", 1: "running"}, False),
+    (-15, {0: "1 rank 0 of 2 failed at step 4, in saving", 1: "running"}, False),
+]
+
+
+@pytest.mark.parametrize(("code", "ranks", "obeyed"), OBEYED)
+def test_an_attempt_has_obeyed_when_no_rank_died_of_something_else(
+    code: int, ranks: dict[int, str], obeyed: bool
+) -> None:
+    assert Ended(code, ranks).has_obeyed is obeyed
 
 
 def test_a_signal_while_it_waits_ends_it_at_once(supervise, tmp_path: Path) -> None:

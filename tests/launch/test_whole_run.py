@@ -43,7 +43,8 @@ def test_a_run_leaves_everything_and_its_losses_do_not_depend_on_the_launcher(
     assert summary["world_size"] == ranks
     assert set(summary["eval"]) == {"loss", "perplexity", "token_accuracy", "exact_match", "rouge_l"}
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["schedule"]["max_steps"] == 4
-    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    saved = [path.name for path in sorted((run_dir / "checkpoints").iterdir())]
+    assert saved == ["latest.json", "step-000002", "step-000004"]
     AutoModelForCausalLM.from_pretrained(run_dir / "model")
     assert AutoTokenizer.from_pretrained(run_dir / "model").chat_template
     found = losses(run_dir)

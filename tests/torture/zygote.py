@@ -5,6 +5,7 @@ say what became of it: {"id", "pid"} at once, {"id", "code"} when it has ended; 
 The child runs launch/train.py's own main().
 """
 
+import gc
 import importlib
 import json
 import os
@@ -14,7 +15,10 @@ import signal
 import sys
 from typing import Any
 
-HEAVY = ("run", "finish", "loop", "setup", "summary", "engine", "export", "report")
+HEAVY = (
+    *(f"tunesmith.train.{name}" for name in ("run", "finish", "loop", "setup", "summary", "engine", "export", "report")),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject", "torch.utils.cpp_extension", "peft"),
+)
 
 
 def tell(**message: Any) -> None:
@@ -74,5 +78,6 @@ def serve() -> None:
 
 if __name__ == "__main__":
     for name in HEAVY:
-        importlib.import_module(f"tunesmith.train.{name}")
+        importlib.import_module(name)
+    gc.freeze()  # or the children's collector copies every page
     serve()

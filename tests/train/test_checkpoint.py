@@ -1,5 +1,7 @@
 """The commit protocol of a checkpoint and what is refused on loading, on one rank with real files."""
 
+import errno
+import io
 import json
 import os
 import random
@@ -363,8 +365,32 @@ def test_a_format_of_another_time_is_named(run_dir: Path) -> None:
     del tree["sha256"]
     signed = durable.json_bytes(tree | {"sha256": manifest._digest(tree)})
     (folder / "MANIFEST.json").write_bytes(signed)
-    with pytest.raises(TrainingError, match="its format is 1, and this Tunesmith reads format 2"):
-        step_of(run_dir, resume=ResumeConfig(source=str(folder)))
+    for source in (str(folder), "auto"):
+        with pytest.raises(TrainingError, match="its format is 1, and this Tunesmith reads format 2") as caught:
+            step_of(run_dir, resume=ResumeConfig(source=source))
+        assert "another version of Tunesmith" in str(caught.value)
+    assert names(run_dir) == ["latest.json", "step-000003", "step-000006"]
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.json", SHARD])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_what_cannot_be_read_today_is_refused_and_stays(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    opened = io.open
+
+    def open_or_fail(file: Any, *arguments: Any, **more: Any) -> Any:
+        if str(file).endswith(f"step-000006/{name}"):
+            raise OSError(number, os.strerror(number), str(file))
+        return opened(file, *arguments, **more)
+
+    monkeypatch.setattr(io, "open", open_or_fail)  # what pathlib opens with
+    with pytest.raises(TrainingError, match=f"cannot be read.*{os.strerror(number)}") as caught:
+        step_of(run_dir)
+    assert name in str(caught.value)
+    monkeypatch.undo()
+    assert names(run_dir) == ["latest.json", "step-000003", "step-000006"]
+    assert step_of(run_dir) == 6
 
 
 def chown(path: Path) -> None:
@@ -439,6 +465,32 @@ def test_a_published_step_is_never_written_again(run_dir: Path) -> None:
     assert {path: path.read_bytes() for path in before} == before
     assert told.warnings == []
     assert names(run_dir) == ["latest.json", "step-000003", "step-000006"]
+
+
+@pytest.mark.parametrize("can_be_renamed", [True, False])
+def test_a_damaged_folder_of_the_same_step_is_not_taken_for_the_save(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, can_be_renamed: bool
+) -> None:
+    shard = run_dir / "checkpoints/step-000006" / SHARD
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    renamed = durable.replace
+
+    def rename(source: Path, target: Path) -> None:
+        if not can_be_renamed and ".bad-" in target.name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        renamed(source, target)
+
+    monkeypatch.setattr(durable, "replace", rename)
+    told = Told()
+    checkpoints = checkpoints_of(run_dir, told)
+    checkpoints.save(Weights(66), RunState(step=6))  # type: ignore[arg-type]
+    if can_be_renamed:
+        assert checkpoints.saved_step == 6
+        assert same(loaded(run_dir), 66)
+        assert names(run_dir) == ["latest.json", "step-000003", "step-000006", "step-000006.bad-1"]
+    else:
+        assert checkpoints.saved_step is None
+        assert "step-000006 is there, cannot be used and not be renamed" in told.warnings[0]
 
 
 def test_going_back_sets_the_later_steps_aside(run_dir: Path) -> None:

@@ -135,6 +135,107 @@ def test_one_ranks_full_disk_drops_the_save_on_all_and_training_goes_on(
     assert sorted(path.name for path in (tmp_path / "ever/checkpoints").iterdir()) == ["latest.json", "step-000002"]
 
 
+def without_room_for_the_best(rank: Any, overrides: list[str], run_dir: str, small: list[int]) -> dict[str, Any]:
+    """On every rank: a run in which rank 0 cannot write large files in some of its evaluations.
+
+    Where that is in all of them, neither at its end, where the model would be written that is the last and so the best.
+    """
+    import resource
+
+    from tunesmith.train.errors import TrainingError
+    from tunesmith.train.finish import finish
+    from tunesmith.train.loop import Loop
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def with_room(room: bool, action: Callable[[], Any]) -> Any:
+        limit = hard if room or rank.world.rank else 30_000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            return action()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    with rank.ready(overrides, run_dir) as (run, recorder):
+        loop = Loop(run)
+        losses = iter([4.0, 3.0, 2.0, 1.0])  # each is the best so far
+        loop.measure = lambda: {"eval/loss": next(losses)}
+        evaluate, best = loop._evaluate, list[int | None]()
+
+        def evaluate_and_note() -> None:
+            with_room(run.state.step not in small, evaluate)
+            best.append(run.state.best_step)
+
+        loop._evaluate = evaluate_and_note
+        loop.train()
+        error = ""
+        if run.state.best_step is None:
+            try:
+                with_room(False, lambda: finish(loop))
+            except TrainingError as failed:
+                error = str(failed)
+        return {"best": best, "warnings": recorder.warnings, "error": error, "num_steps": len(recorder.steps)}
+
+
+@pytest.mark.row(7)
+def test_best_weights_that_cannot_be_written_are_passed_over_by_all_ranks(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, make_records: Callable[..., Path], tmp_path: Path
+) -> None:
+    evaluates = ["evaluate.every_steps=2", f"data.validation={make_records(9, seed=1)}", "checkpoint.at_end=false"]
+    overrides = overrides_of(3, *evaluates, "checkpoint.every_steps=null")
+
+    def run(name: str, small: list[int]) -> list[dict[str, Any]]:
+        return ranks(2).run(without_room_for_the_best, overrides=overrides, run_dir=str(tmp_path / name), small=small)
+
+    once = run("once", [4, 8])
+    assert [found["best"] for found in once] == [[2, 2, 6, 6]] * 2
+    assert [found["num_steps"] for found in once] == [NUM_STEPS] * 2
+    assert len(once[0]["warnings"]) == 2
+    assert "step 4: the best so far, but the model could not be written. rank 0: " in once[0]["warnings"][0]
+    assert "step 2 stays it; training goes on" in once[0]["warnings"][0]
+    assert once[0]["warnings"] == once[1]["warnings"]
+    ever = run("ever", [2, 4, 6, 8])
+    assert [found["best"] for found in ever] == [[None] * 4] * 2
+    assert all("TrainingError: the model could not be written. rank 0: " in found["error"] for found in ever)
+    assert list((tmp_path / "ever/best").iterdir()) == []
+
+
+def ended_while_saving(rank: Any, overrides: list[str], run_dir: str) -> dict[str, Any]:
+    """On every rank: a run that its losses end while a checkpoint is being written, slowly."""
+    from tunesmith.train import durable
+    from tunesmith.train.errors import TrainingError
+    from tunesmith.train.fault_plan import FaultPlan, parse
+    from tunesmith.train.loop import Loop
+    from tunesmith.train.progress import progress
+
+    write_file = durable.write_file
+
+    def write_slowly(path: Path, write: Any) -> Any:
+        time.sleep(0.3)
+        return write_file(path, write)
+
+    with rank.ready(overrides, run_dir) as (run, _):
+        progress.plan = FaultPlan([parse("nan:rank=0,step=2")], rank.world.rank)
+        durable.write_file = write_slowly
+        try:
+            Loop(run).train()
+        except TrainingError as error:
+            return {"error": str(error), "step": run.state.step, "saved": run.checkpoints.saved_step}
+        finally:
+            progress.plan, durable.write_file = None, write_file
+    return {}
+
+
+def test_a_run_that_its_losses_end_still_publishes_the_save_under_way(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path
+) -> None:
+    overrides = overrides_of(2, "checkpoint.async_save=true", "optimizer.max_skipped_steps=1")
+    for found in ranks(2).run(ended_while_saving, overrides=overrides, run_dir=str(tmp_path / "run")):
+        assert "is not finite" in found.pop("error").replace("that is not", "is not")
+        assert found == {"step": 3, "saved": 2}
+    assert (tmp_path / "run/checkpoints/step-000002/MANIFEST.json").is_file()
+
+
 def saved_steps(rank: Any, overrides: list[str], run_dir: str) -> list[int]:
     """On every rank: a whole run of the loop; the steps that it has saved, by the warnings it has not given."""
     from tunesmith.train.loop import Loop

@@ -76,7 +76,7 @@ RULES = [  # overrides; the last one is the key that is named; words of the prob
     (["checkpoint.every_steps=0"], "every_steps must be above 0", "above 0"),
     (["checkpoint.keep_last=1"], "keep_last=1 leaves nothing to go back to", "keep at least 2"),
     (
-        ["optimizer.on_spike=rollback", "checkpoint.every_steps=null", "checkpoint.every_minutes=null"],
+        ["checkpoint.every_steps=null", "checkpoint.every_minutes=null", "optimizer.on_spike=rollback"],
         "on_spike=rollback needs checkpoints",
         "set checkpoint.every_steps",
     ),

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.train.checkpoint import Checkpoints
 from tunesmith.train.loop import Loop
 
 OVERRIDES = (
@@ -85,15 +84,3 @@ def test_the_last_step_is_evaluated_once(scripted):
 def test_a_nan_eval_loss_is_never_the_best(scripted):
     found = scripted([float("nan"), 2.0, float("nan")], "schedule.max_steps=6", "evaluate.every_steps=2")
     assert found["best"] == [4, 2.0]
-
-
-def test_only_complete_checkpoints_count(tmp_path):
-    for step, complete in [(10, True), (20, True), (30, False)]:
-        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
-        folder.mkdir(parents=True)
-        if complete:
-            (folder / "MANIFEST.json").write_text("{}")
-    (tmp_path / "checkpoints/.staged-step-000040").mkdir()
-    checkpoints = Checkpoints(tmp_path, keep_last=2, fingerprint={}, world=None)
-    assert checkpoints.steps() == [10, 20]
-    assert checkpoints.newest().name == "step-000020"

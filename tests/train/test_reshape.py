@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import shutil
+import signal
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -164,10 +166,10 @@ ADAPTERS = {
     "last_layers": ["adapter=last_layers", "adapter.num_layers=1"],
 }
 CHAINS = [
-    ("dora", [(world, 3) for world in ROUND]),
     ("last_layers", [(2, 2), (2, 3), (1, 1), (4, 0), (1, 2)]),
 ]
 TORTURE = [
+    ("dora", [(world, 3) for world in ROUND]),
     *((adapter, [(world, stage) for world in ROUND]) for stage in (1, 2) for adapter in ("none", "dora")),
     ("none", [(world, 3) for world in ROUND]),
     *((adapter, [(2, 2), (2, 3)]) for adapter in ("none", "dora")),
@@ -276,16 +278,24 @@ CPU = torch.device("cpu")
 KILL = "kill:phase=converting parameter 5"
 
 
+def test_a_conversion_that_hangs_is_given_up_and_ended(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "600"], stderr=subprocess.PIPE, text=True)
+    hanging = conversion.Conversion(tmp_path / "step-000004", tmp_path / "target", process)
+    with pytest.raises(TrainingError, match=r"not done in 0.01 minutes \(cluster.start_timeout_minutes\)"):
+        hanging.wait(CPU, minutes=0.01)
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_a_conversion_that_is_there_is_taken_again_and_a_damaged_one_is_not(saved: Path, tmp_path: Path) -> None:
-    target = begin(saved, tmp_path).wait(CPU)
+    target = begin(saved, tmp_path).wait(CPU, minutes=4)
     made = (target / "index.json").stat().st_mtime_ns
-    assert begin(saved, tmp_path).wait(CPU) == target
+    assert begin(saved, tmp_path).wait(CPU, minutes=4) == target
     assert (target / "index.json").stat().st_mtime_ns == made
     file = target / "00003.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert begin(saved, tmp_path).wait(CPU) == target
+    assert begin(saved, tmp_path).wait(CPU, minutes=4) == target
     assert (target / "index.json").stat().st_mtime_ns > made
     assert engine_shards.is_whole(target)
 
@@ -295,12 +305,12 @@ def test_one_that_is_killed_leaves_nothing_that_is_used(
 ) -> None:
     monkeypatch.setenv("TUNESMITH_FAULTS", KILL)
     with pytest.raises(TrainingError, match="ended by SIGKILL"):
-        begin(saved, tmp_path).wait(CPU)
+        begin(saved, tmp_path).wait(CPU, minutes=4)
     left = conversions(tmp_path)
     assert len(left) == 1
     assert ".staged-" in left[0].name
     monkeypatch.delenv("TUNESMITH_FAULTS")
-    target = begin(saved, tmp_path).wait(CPU)
+    target = begin(saved, tmp_path).wait(CPU, minutes=4)
     assert conversions(tmp_path) == [target]
     assert engine_shards.is_whole(target)
 
@@ -313,7 +323,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(saved: Path, tmp_path: Path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     with pytest.raises(TrainingError) as caught:
-        started.wait(CPU)
+        started.wait(CPU, minutes=4)
     assert "File too large" in caught.value.what
     assert "\n" not in caught.value.what
     assert conversions(tmp_path) == []
@@ -339,7 +349,7 @@ def test_a_shard_that_would_run_code_is_refused(saved: Path, tmp_path: Path, nam
     assert canary.exists()  # it is live
     canary.unlink()
     with pytest.raises(TrainingError, match=r"holds builtins\.getattr.*could run code; nothing of it was run"):
-        begin(hostile, tmp_path).wait(CPU)
+        begin(hostile, tmp_path).wait(CPU, minutes=4)
     assert not canary.exists()
     assert conversions(tmp_path) == []
 
@@ -380,7 +390,9 @@ def with_a_buffer(rank: Any, overrides: list[str], then: list[str], run_dir: str
         saved = run.checkpoints.save(run.engine, run.state)
     with rank.ready(then, f"{run_dir}/second") as (run, _):
         run.engine.module.register_buffer("router_bias", torch.zeros(3))
-        run.engine.load_converted(conversion.start(saved, saved / "engine", run.run_dir, rank.world).wait(CPU))
+        run.engine.load_converted(
+            conversion.start(saved, saved / "engine", run.run_dir, rank.world).wait(CPU, minutes=4)
+        )
         assert not run.engine._engine.basic_optimizer.state  # no update yet, so no moments
         return run.engine.module.router_bias.tolist()
 

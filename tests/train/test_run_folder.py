@@ -1,11 +1,16 @@
 """The run folder: one run at a time, drafts kept until they are not needed, and no false alarm between ranks."""
 
+import errno
 import os
 
 import pytest
+import torch
 
 from tunesmith.train import export
+from tunesmith.train.compose import compose_config
+from tunesmith.train.distributed import World
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.reporter import Reporter
 from tunesmith.train.run_folder import best_folder, check_usable, create, is_finished
 
 
@@ -17,6 +22,49 @@ def test_a_second_run_is_refused_while_the_first_one_writes(tmp_path):
     assert (tmp_path / "run/config.yaml").read_text() == "name: one"
     lock.release()
     create(tmp_path / "run", "name: two").release()
+
+
+def test_the_lock_of_a_folder_that_is_there_is_taken_before_anything_in_it_is_touched(tmp_path, tiny_composed):
+    from tunesmith.train.run import _train
+
+    lock = create(tmp_path, "name: one")
+    damaged = tmp_path / "checkpoints/step-000004"
+    damaged.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    told = Reporter(None)
+    with pytest.raises(ConfigError, match="another run is writing"):
+        _train(tiny_composed, World(), torch.device("cpu"), tmp_path, None, None, told, None)
+    assert sorted(tmp_path.rglob("*")) == before
+    lock.release()
+
+
+def test_a_folder_that_set_up_has_failed_for_is_not_left_behind(tmp_path, tiny_composed):
+    from tunesmith.train.run import _train
+
+    with pytest.raises(AttributeError):  # there is no data
+        _train(tiny_composed, World(), torch.device("cpu"), tmp_path / "run", None, None, Reporter(None), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def tiny_composed():
+    return compose_config(["+exp=debug"])
+
+
+def test_a_full_disk_leaves_the_config_that_was_there(tmp_path, monkeypatch):
+    create(tmp_path / "run", "name: one").release()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for folder in (tmp_path / "run", tmp_path / "new"):
+        with pytest.raises(OSError, match="No space left"):
+            create(folder, "name: two")
+    monkeypatch.undo()
+    assert (tmp_path / "run/config.yaml").read_text() == "name: one"
+    assert not (tmp_path / "new/config.yaml").exists()
+    check_usable(tmp_path / "new", "auto")
 
 
 def test_another_ranks_probe_does_not_make_a_folder_look_used(tmp_path):
