@@ -16,7 +16,10 @@ import sys
 from typing import Any
 
 HEAVY = (
-    *(f"tunesmith.train.{name}" for name in ("run", "finish", "loop", "setup", "summary", "engine", "export", "report")),
+    *(
+        f"tunesmith.train.{name}"
+        for name in ("run", "finish", "loop", "setup", "summary", "engine", "export", "report")
+    ),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject", "torch.utils.cpp_extension", "peft"),
 )
 
