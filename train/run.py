@@ -55,6 +55,8 @@ def run(composed: Composed) -> Path:
         return run_dir
     checkpoint_find.check_source(config.resume, run_dir)
     reporter = Reporter(Console() if world.rank == 0 else None)
+    if progress.plan is not None:
+        reporter.warn("TUNESMITH_FAULTS is set: this run will be hurt on purpose")
     timeouts, watchdog = Timeouts.of(config.cluster), None
     try:
         check_model(config)

@@ -46,11 +46,13 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_bitwise(
     assert job.seconds_between_ends <= ALL_GONE_SECONDS
     assert the_cause(job.said) == (rank, step, phase)
     assert "SIGKILL" in job.said
+    assert "will be hurt on purpose" in job.said
     assert "Traceback" not in job.said
     lost = step - max(published(tmp_path / "run"), default=0)
     assert 0 <= lost <= 3
     again = start().wait()
     assert again.codes == {0: 0, 1: 0}, again.said[-3000:]
+    assert "on purpose" not in again.said
     assert losses(tmp_path / "run") == losses(left_alone())
     assert trained(tmp_path / "run") == trained(left_alone())
     happened(f"killed in {phase}: gone {job.seconds_between_ends:.1f} s later, {lost} steps lost")

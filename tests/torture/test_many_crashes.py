@@ -73,8 +73,8 @@ def test_killed_at_each_file_operation_of_a_save_the_newest_valid_step_goes_on(
         num_new += max(published(run_dir), default=0) > before
         operation += every
     assert job.codes == {0: 0, 1: 0}, job.said[-3000:]
-    assert operation > 20
-    assert 0 < num_new < operation / every
+    assert operation > (20 if rank == 0 else 10)
+    assert (num_new > 0) == (rank == 0)  # rank 1 has written all of its part before the commit
     assert losses(run_dir) == losses(alone)
     assert trained(run_dir) == trained(alone)
     happened(
