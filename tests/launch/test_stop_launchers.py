@@ -199,7 +199,7 @@ PLACES = [
     ("twice", "step=2,phase=forward", 3),
 ]
 SIGNALS = ("term", "int", "usr1")
-BY_DEFAULT = [("torchrun", "usr1", "generating")]
+IN_TORTURE = [("torchrun", "usr1", "generating")]
 MATRIX = [
     (launcher, SIGNALS[(row + column) % 3], place)
     for row, launcher in enumerate(RANKS)
@@ -211,7 +211,10 @@ MATRIX = [
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("launcher", "number", "place"),
-    [*BY_DEFAULT, *(pytest.param(*p, marks=pytest.mark.slow) for p in MATRIX if p not in BY_DEFAULT)],
+    [
+        *(pytest.param(*p, marks=pytest.mark.torture) for p in IN_TORTURE),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in MATRIX if p not in IN_TORTURE),
+    ],
 )
 def test_a_signal_to_one_rank_stops_the_run_and_the_same_command_goes_on_bitwise(
     start: Callable[..., Job], alone: Callable[[int], dict[int, float]], launcher: str, number: str, place: str

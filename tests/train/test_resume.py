@@ -135,7 +135,7 @@ def kill_at(step: int, run_dir: Path, processes: list[subprocess.Popen[bytes]]) 
 @pytest.mark.parametrize(
     ("stage", "adapter"),
     [
-        (2, "lora"),
+        pytest.param(2, "lora", marks=pytest.mark.torture),
         *(
             pytest.param(stage, adapter, marks=pytest.mark.slow)
             for stage in range(4)

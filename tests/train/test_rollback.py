@@ -206,6 +206,7 @@ def test_a_spike_is_told_where_it_is_not_rolled_back_from(
     assert words in found["warnings"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_files_of_a_launched_run_that_was_rolled_back_have_each_step_once(
     overrides_of: OverridesOf, rank_environments: Callable[[int], list[dict[str, str]]], tmp_path: Path
