@@ -113,13 +113,13 @@ class Board:
         with self._lock, self._locked_between_processes():
             if self.claimed is not Claim.none:
                 return False
-            HEADER.pack_into(self._memory, 0, Claim.claimed, exit_code)
+            self._write(0, HEADER.pack(Claim.claimed, exit_code))
             return True
 
     def told(self, line: str) -> None:
         """What happened has been told: the others end at once."""
-        LINE.pack_into(self._memory, LINE_AT, line.encode()[: LINE.size])
-        HEADER.pack_into(self._memory, 0, Claim.told, self.exit_code)
+        self._write(LINE_AT, LINE.pack(line.encode()[: LINE.size]))
+        self._write(0, HEADER.pack(Claim.told, self.exit_code))
 
     @property
     def claimed(self) -> Claim:
@@ -149,7 +149,11 @@ class Board:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def _put(self, layout: struct.Struct, at: int, *values: object) -> None:
-        layout.pack_into(self._memory, self._offset + at, *values)
+        self._write(self._offset + at, layout.pack(*values))
+
+    def _write(self, at: int, packed: bytes) -> None:
+        """Not by pack_into(), which fills the place with zeros first: another process may read them."""
+        self._memory[at : at + len(packed)] = packed
 
     def _get(self, layout: struct.Struct, at: int) -> tuple:
         return layout.unpack_from(self._memory, at)

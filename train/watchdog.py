@@ -39,6 +39,7 @@ from tunesmith.train.stop import end
 from tunesmith.train.timeouts import Timeouts
 
 INTERVAL = 0.25  # seconds between two looks
+AGAIN_SECONDS = 0.05  # until a rank that seems to hang is looked at again
 OWN_GAP = 2.0  # seconds without a look of its own: this process was held up, and what it sees is old
 RANK_0_FIRST = 1.0  # where all ranks meet the same mistake, rank 0 says it
 LOST_PEER_SECONDS = 5.0  # for the rank that is the reason to say so, or to be found dead
@@ -233,8 +234,12 @@ class Watchdog:
             self._tell(causes.death(slot, self.world.world_size, status, oom_kills))
 
     def _look_for_hang(self, now: float, awake_since: float) -> None:
-        running = self._running()
-        late = [slot for slot in running if now - max(slot.changed, awake_since) > slot.allowed]
+        late = [slot for slot in self._running() if now - max(slot.changed, awake_since) > slot.allowed]
+        if late:
+            time.sleep(AGAIN_SECONDS)  # a slot may have been read while it was written
+            running = self._running()
+            unmoved = {(slot.rank, slot.num_changes) for slot in running if now - slot.changed > slot.allowed}
+            late = [slot for slot in late if (slot.rank, slot.num_changes) in unmoved]
         if late:
             states = {slot.rank: causes.process_state(slot.pid) for slot in running}
             others = self._nodes.slots() if self._nodes else []

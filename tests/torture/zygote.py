@@ -13,6 +13,7 @@ import resource
 import select
 import signal
 import sys
+import time
 from typing import Any
 
 HEAVY = (
@@ -23,9 +24,18 @@ HEAVY = (
     *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject", "torch.utils.cpp_extension", "peft"),
 )
 
+REAPED_SECONDS = 0.5  # as a launcher, which looks now and then: until then the kernel knows how a rank ended
+
 
 def tell(**message: Any) -> None:
     os.write(1, (json.dumps(message) + "\n").encode())
+
+
+def exit_code(pid: int) -> int:
+    """Of a child that has ended and was not waited for; minus a signal's number."""
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert found is not None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 def become_a_rank(task: dict[str, Any]) -> None:
@@ -59,6 +69,7 @@ def become_a_rank(task: dict[str, Any]) -> None:
 
 def serve() -> None:
     running: dict[int, str] = {}
+    ended: dict[int, tuple[str, float]] = {}
     waiting = b""
     while True:
         if select.select([0], [], [], 0.02)[0]:
@@ -74,9 +85,12 @@ def serve() -> None:
                 running[pid] = task["id"]
                 tell(id=task["id"], pid=pid)
         for pid in list(running):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                tell(id=running.pop(pid), code=os.waitstatus_to_exitcode(status))
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                ended[pid] = (running.pop(pid), time.monotonic())
+                tell(id=ended[pid][0], code=exit_code(pid))
+        for pid in [pid for pid, (_, at) in ended.items() if time.monotonic() - at > REAPED_SECONDS]:
+            os.waitpid(pid, 0)
+            del ended[pid]
 
 
 if __name__ == "__main__":

@@ -84,3 +84,20 @@ def test_a_rank_that_is_done_says_so(path: Path) -> None:
     assert [(slot.rank, slot.pid, slot.state) for slot in board.slots()] == [(2, os.getpid(), State.running)]
     board.leave()
     assert [slot.state for slot in board.slots()] == [State.done]
+
+
+def test_a_slot_is_never_read_empty_while_another_process_writes_it() -> None:
+    path = make_board_file(2)
+    writer, reader = Board(path, 2, 0), Board(path, 2, 1)
+    writer.enter(0, 0)
+    writer.reached(5, "forward", 0, 1, 600.0)
+    child = os.fork()
+    if child == 0:
+        for number in range(300_000):
+            writer.reached(5, "forward", number, 1, 600.0)
+        os._exit(0)
+    found = set()
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        found |= {(slot.step, slot.phase, slot.allowed) for slot in reader.slots()}
+    path.unlink()
+    assert found == {(5, "forward", 600.0)}
