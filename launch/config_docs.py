@@ -128,7 +128,15 @@ def first_comment(path: Path) -> str:
 
 
 def field_comments(schema: type) -> dict[str, str]:
-    """The comment beside each field of a dataclass."""
+    """The comment beside each field of a dataclass, its bases included."""
+    found: dict[str, str] = {}
+    for base in reversed(schema.__mro__):
+        if is_dataclass(base):
+            found |= _own_comments(base)
+    return found
+
+
+def _own_comments(schema: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(schema))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}

@@ -1,6 +1,7 @@
 """What a run is: one dataclass with a group for each concept, and the rules that span groups.
 
-The groups stand in schema/: what.py (who learns what), how.py (how it learns), around.py (what goes on beside it).
+The groups stand in schema/: what.py (who learns what), how.py (how it learns), around.py (what goes on beside it),
+cluster.py (on which machines).
 Composition (yaml files, overrides, error places) is `compose.py`; nothing here imports Hydra or torch.
 """
 
@@ -11,8 +12,6 @@ from enum import StrEnum
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.schema.around import (
     CheckpointConfig,
-    ClusterConfig,
-    Device,
     EvaluateConfig,
     ProfileConfig,
     ResumeConfig,
@@ -20,6 +19,7 @@ from tunesmith.train.schema.around import (
     WandbMode,
 )
 from tunesmith.train.schema.checks import check_no_empty_text
+from tunesmith.train.schema.cluster import ClusterConfig, ClusterKind, ContainerRuntime, Device
 from tunesmith.train.schema.how import (
     BatchConfig,
     EngineConfig,
@@ -49,7 +49,9 @@ __all__ = [
     "BatchConfig",
     "CheckpointConfig",
     "ClusterConfig",
+    "ClusterKind",
     "Config",
+    "ContainerRuntime",
     "DataConfig",
     "Device",
     "EngineConfig",

@@ -12,7 +12,7 @@ from tunesmith.train import config as config_module
 from tunesmith.train.compose import compose_config, schema_keys
 from tunesmith.train.config import Config
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.schema import around, checks, how, what
+from tunesmith.train.schema import around, checks, cluster, how, what
 
 RULES = [  # overrides; the last one is the key that is named; words of the problem; words of the remedy
     (["batch.global_batch_size=0"], "global_batch_size must be above 0, not 0.", "give a finite number above 0."),
@@ -101,6 +101,17 @@ RULES = [  # overrides; the last one is the key that is named; words of the prob
     (["profile.num_steps=0"], "num_steps must be above 0", "above 0"),
     (["cluster.timeout_minutes=0"], "timeout_minutes must be above 0", "above 0"),
     (["cluster.timeout_minutes=1e9"], "timeout_minutes=1e+09 is more than a year.", "such as 10"),
+    (["cluster.nodes=0"], "nodes must be above 0", "above 0"),
+    (["cluster.max_restarts=-1"], "max_restarts must be at least 0", "0 or a finite"),
+    (["cluster.partition='-p;x'"], "partition='-p;x' is nothing that SLURM takes.", "letters, digits"),
+    (["cluster.time=soon"], "time='soon' is nothing that SLURM takes.", "D-HH:MM:SS"),
+    (["cluster.modules=['a;b']"], "'a;b' in modules is not a module.", "cuda/12.8"),
+    (["cluster.sbatch=['-p main']"], "'-p main' in sbatch is not an option", "--name=value"),
+    (["cluster.env=['A B']"], "'A B' in env is not a variable.", "NAME=value"),
+    (["cluster.exclude=['n1;x']"], "'n1;x' in exclude is not a node.", "gpu[01-04]"),
+    (["cluster.container_mounts=['']"], "must be a folder or a list of folders", "write one folder"),
+    (["cluster.signal_seconds=5"], "signal_seconds=5 is not between 60 and 65535.", "looks at its clock"),
+    (["cluster.account=''"], "account='' is nothing that SLURM takes.", "letters, digits"),
     (["name=a/b"], "'a/b' cannot name a folder.", "use letters, digits, - and _."),
     (["name=.."], "'..' cannot name a folder.", "use letters"),
     (['name="a\nb"'], r"'a\nb' cannot name a folder.", "use letters"),
@@ -117,7 +128,7 @@ RULES = [  # overrides; the last one is the key that is named; words of the prob
 ]
 
 
-SCHEMA = (config_module, what, how, around, checks)
+SCHEMA = (config_module, what, how, around, cluster, checks)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What goes on around the learning: checkpoints, evaluation, tracking, profiling, and the machines."""
+"""What goes on around the learning: checkpoints, evaluation, tracking, profiling. The machines: cluster.py."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -6,20 +6,12 @@ from enum import StrEnum
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.schema.checks import check_no_empty_text, check_not_negative, check_positive, check_strings
 
-MAX_TIMEOUT_MINUTES = 60.0 * 24 * 365  # a year: beyond any wait, within what a timedelta holds
-
 
 class WandbMode(StrEnum):
     auto = "auto"
     online = "online"
     offline = "offline"
     disabled = "disabled"
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cuda = "cuda"
-    cpu = "cpu"
 
 
 @dataclass(kw_only=True)
@@ -110,33 +102,3 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         check_positive("profile", start_step=self.start_step, num_steps=self.num_steps)
-
-
-@dataclass(kw_only=True)
-class ClusterConfig:
-    """The machines the run is on."""
-
-    device: Device = Device.auto  # auto: GPUs where there are any; cuda; cpu
-    timeout_minutes: float = 10.0  # a rank that stands still longer in a step or a batch of an evaluation ends the run
-    start_timeout_minutes: float = 30.0  # the same while ranks meet, load and do their first step, which compiles
-    save_timeout_minutes: float = 30.0  # the same while a checkpoint or the model is written or read back
-    time_limit_minutes: float | None = None  # of the process: it saves and stops in time before; null: no limit
-    check_replicas_every: int | None = None  # steps between two comparisons of the ranks' weights; null: never
-
-    def __post_init__(self) -> None:
-        check_positive(
-            "cluster", check_replicas_every=self.check_replicas_every, time_limit_minutes=self.time_limit_minutes
-        )
-        timeouts = {
-            "timeout_minutes": self.timeout_minutes,
-            "start_timeout_minutes": self.start_timeout_minutes,
-            "save_timeout_minutes": self.save_timeout_minutes,
-        }
-        check_positive("cluster", **timeouts)
-        for name, minutes in timeouts.items():
-            if minutes > MAX_TIMEOUT_MINUTES:
-                raise ConfigError(
-                    f"{name}={minutes:g} is more than a year.",
-                    key=f"cluster.{name}",
-                    do="give the minutes after which a rank that does not answer is lost, such as 10.",
-                )
