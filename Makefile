@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow torture test-gpu lint format docs bench bench-gpu bench-crash kernels-check kernels-report clean
+.PHONY: help demo test test-slow test-cluster torture test-gpu lint format docs bench bench-gpu bench-crash kernels-check kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -22,13 +22,18 @@ demo: $(INSTALLED)  ## fine-tune the support bot on two ranks, then ask it every
 	$(BIN)/python launch/demo.py
 
 test: $(INSTALLED)  ## the tests
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not torture and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not torture and not cluster and not gpu"
 
 test-slow: $(INSTALLED)  ## the wide matrices, which take longer
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not torture and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not torture and not cluster and not gpu"
+
+# One after the other: ranks that wait for a core too long are taken for dead ones.
+test-cluster: $(INSTALLED)  ## jobs on a real SLURM and hosts with networks of their own, on this machine; as root
+	tests/cluster/install.sh
+	$(BIN)/pytest -m "cluster and not gpu" -v tests/cluster
 
 torture: $(INSTALLED)  ## every fault of the torture table, written into docs/reliability.md
-	$(BIN)/pytest -n 2 --dist loadscope -m "row and not slow and not gpu" -q --torture-table=docs/reliability.md tests
+	$(BIN)/pytest -n 2 --dist loadscope -m "row and not slow and not cluster and not gpu" -q --torture-table=docs/reliability.md tests
 
 # Kernels are compiled by four processes at once: that is what their tests wait for.
 test-gpu: $(INSTALLED)  ## what only a GPU can show
