@@ -74,7 +74,7 @@ def verdict(out: Path, nodes: Sequence[str], *, gpus: int | None, said: str = ""
         said: what the step has printed.
     """
     began, ended = float((out / BEGAN).read_text(encoding="utf-8")), time.time()
-    found = {facts.node: facts for facts in _printed(said)} | {facts.node: facts for facts in _written(out, nodes)}
+    found = {facts.node: facts for facts in printed(said)} | {facts.node: facts for facts in _written(out, nodes)}
     silent = [node for node in nodes if node not in found]
     if silent and len(silent) == len(nodes) - 1 > 1 and nodes[0] not in silent:
         return [Sick("", f"only {nodes[0]} has left its report in {out}: the folder is not shared.", SHARE)]
@@ -98,7 +98,8 @@ def _written(out: Path, nodes: Sequence[str]) -> list[NodeFacts]:
     return found
 
 
-def _printed(said: str) -> list[NodeFacts]:
+def printed(said: str) -> list[NodeFacts]:
+    """What nodes have told in the output of their tasks."""
     found = []
     for line in said.splitlines():
         _, begins, text = line.partition(REPORT)

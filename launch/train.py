@@ -15,6 +15,7 @@ Options:
 import sys
 from pathlib import Path
 
+from tunesmith.launch import start_file
 from tunesmith.launch.arguments import main, take_option
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.stop import stop_request
@@ -28,6 +29,9 @@ def train(arguments: list[str]) -> None:
 
 def compose_and_train(arguments: list[str]) -> None:
     """Composes and checks the config before anything heavy is imported, then runs."""
+    start, arguments = take_option(arguments, "--start")
+    if start is not None:  # by launch/hosts.py; first, as libraries read variables while they are imported
+        arguments = start_file.take(Path(start))
     from tunesmith.train.compose import CONF_DIR, compose_config
 
     config_dir, overrides = take_option(arguments, "--config-dir")

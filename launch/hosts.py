@@ -1,0 +1,158 @@
+"""Trains on the machines of a hostfile, reached with ssh.
+
+    python launch/hosts.py +exp=support_bot cluster.hostfile=hosts key=value ...
+    python launch/hosts.py --dry-run +exp=...      print the command that would run, and end
+
+The hostfile has a line `name slots=8` for each machine. Each is looked at first; then deepspeed starts the ranks
+there, with these overrides and the variables that cluster.env lists. Ctrl-C, SIGTERM or SIGUSR1: the ranks save, and
+end with 75.
+
+Options:
+    --dry-run              look at the hostfile and the config, not at the machines
+    --master-port 29500    of the first machine, where the ranks meet
+    --config-dir <folder>  search your own yaml files too, as in launch/train.py; all machines need to see it
+"""
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.launch import start_file
+from tunesmith.launch.arguments import main, take_option
+from tunesmith.launch.environment import chosen, without_secrets
+from tunesmith.launch.host_run import HostRun, look_at_hosts
+from tunesmith.launch.hostfile import Host, read_hostfile
+from tunesmith.train.config import ClusterKind
+from tunesmith.train.errors import ConfigError
+from tunesmith.train.stop import end
+
+TRAIN = Path(__file__).resolve().parent / "train.py"
+PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # what the shell on the other side leaves as it is
+OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
+DEEPSPEED_ENV = ".deepspeed_env"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be started."""
+
+    hosts: list[Host]
+    hostfile: Path
+    run_dir: Path
+    arguments: list[str]  # of launch/train.py
+    env: dict[str, str]  # that the ranks get
+    master_port: str
+    preflight: bool
+    gpus: int | None
+
+
+def hosts(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(__doc__ or "")
+        return
+    dry_run = "--dry-run" in arguments
+    plan = make_plan([argument for argument in arguments if argument != "--dry-run"], os.environ)
+    for program in ("deepspeed", "pdsh", "ssh"):
+        _program(program)
+    if dry_run:
+        path = plan.run_dir / f"{start_file.FOLDER}<random>" / start_file.FILE
+        sys.stdout.write(f"{shlex.join(command(plan, path))}\n  arguments in that file: {shlex.join(plan.arguments)}\n")
+        sys.stdout.write(f"  variables in that file: {' '.join(sorted(plan.env)) or 'none'}\n")
+        return
+    is_new = not plan.run_dir.exists()
+    path = start_file.write(plan.run_dir, plan.arguments, plan.env)
+    try:
+        if plan.preflight:
+            look_at_hosts(plan.hosts, plan.hostfile, plan.run_dir, path.parent, plan.gpus)
+        code = HostRun(command(plan, path), environment(os.environ), plan.hosts, path).run()
+    finally:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        if is_new and plan.run_dir.is_dir() and not any(plan.run_dir.iterdir()):
+            plan.run_dir.rmdir()
+    end(code)
+
+
+def make_plan(arguments: list[str], env: Mapping[str, str]) -> Plan:
+    """From the command line; raises ConfigError. Looks at files, not at machines."""
+    from tunesmith.train import run_folder
+    from tunesmith.train.compose import compose_config
+
+    port, rest = take_option(arguments, "--master-port")
+    port = port or "29500"
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{port} is no port.", at="--master-port", do="give a number from 1024 to 65535.")
+    config_dir, overrides = take_option(rest, "--config-dir")
+    own = None if config_dir is None else Path(config_dir).expanduser().absolute()
+    if not any(override.startswith("cluster=") for override in overrides):
+        overrides = ["cluster=hostfile", *overrides]
+    composed = compose_config(overrides, own)
+    cluster = composed.config.cluster
+    with composed.errors_located():
+        if cluster.kind is not ClusterKind.hostfile:
+            raise ConfigError(
+                f"launch/hosts.py trains with cluster=hostfile, not {cluster.kind}.",
+                key="cluster.kind",
+                do="use launch/slurm.py for a SLURM cluster, and deepspeed launch/train.py for this machine.",
+            )
+        if cluster.hostfile is None:
+            raise ConfigError("no hostfile is named.", key="cluster.hostfile", do="add cluster.hostfile=<file>.")
+        hostfile = Path(cluster.hostfile).expanduser().absolute()
+        found = read_hostfile(hostfile)
+        run_dir = run_folder.choose(composed.config)
+        run_folder.check_usable(run_dir, composed.config.resume.source)
+        for path in (Path.cwd(), run_dir, hostfile, TRAIN, Path(sys.executable)):
+            if not PLAIN.fullmatch(str(path)):
+                raise _not_plain(str(path), "the path")
+        if not PLAIN.fullmatch(env.get("PYTHONPATH", "-")):
+            raise _not_plain(env["PYTHONPATH"], "PYTHONPATH")
+        variables = chosen(cluster.env, env)
+    for name in OF_THE_LAUNCHER:
+        variables.pop(name, None)
+    kept = [override for override in overrides if not re.match(r"\+{0,2}output_dir=", override)]
+    sent = [*(["--config-dir", str(own)] if own else []), *kept, f"output_dir={run_dir}"]
+    return Plan(found, hostfile, run_dir, sent, variables, port, cluster.preflight, cluster.gpus_per_node)
+
+
+def _not_plain(text: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{text!r} has characters that deepspeed does not bring to another machine as they are.",
+        at=what,
+        do="use a folder of letters, digits and _ . - +.",
+    )
+
+
+def command(plan: Plan, start: Path) -> list[str]:
+    """What starts the ranks. --force_multi: deepspeed takes a single host for this one, whatever its name."""
+    return [
+        *(_program("deepspeed"), "--hostfile", str(plan.hostfile), "--force_multi", "--master_port", plan.master_port),
+        *(str(TRAIN), "--start", str(start)),
+    ]
+
+
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """Of deepspeed itself, which puts some of its variables on the command lines of ssh and of a shell there.
+
+    Those are taken away: the ranks have them from the start file. ~/.deepspeed_env, which would go the same way, is not
+    read.
+    """
+    if any((folder / DEEPSPEED_ENV).is_file() for folder in (Path.home(), Path.cwd())):
+        sys.stderr.write(f"hosts: {DEEPSPEED_ENV} is not read: cluster.env lists what the ranks get\n")
+    return without_secrets(env) | {"DS_ENV_FILE": f"{DEEPSPEED_ENV}-of-nobody"}
+
+
+def _program(name: str) -> str:
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        raise ConfigError(f"there is no program {name!r}.", at="PATH", do=f"install it: apt-get install {name}.")
+    return found
+
+
+if __name__ == "__main__":
+    os.environ.pop("RANK", None)  # this is no rank
+    main(hosts)
