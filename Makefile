@@ -15,7 +15,7 @@ help:  ## this list
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,hub]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,hub,sweep]'
 	touch $@
 
 demo: $(INSTALLED)  ## fine-tune the support bot on two ranks, then ask it every question it should know

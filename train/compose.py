@@ -29,6 +29,7 @@ from tunesmith.train.suggest import did_you_mean, suggest_key
 
 RAW_KEY = "engine.deepspeed"  # everything below it is DeepSpeed's own language
 SEE_DOCS = "docs/config.md lists every setting."
+SEARCH_SPACES = "sweep"  # a folder of yaml files that are no part of a run: launch/sweep.py reads them
 
 
 @dataclass
@@ -82,7 +83,7 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
 def compose_tree(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """What Hydra makes of the yaml files and overrides; values that are still missing read ???."""
     ConfigStore.instance().store(name="schema", node=Config)
-    arguments = [_admit_raw_key(override) for override in overrides]
+    arguments = [admit_raw_key(override) for override in overrides]
     if config_dir:
         quoted = str(config_dir).replace("\\", "\\\\").replace("'", "\\'")
         arguments.append(f"hydra.searchpath=['file://{quoted}']")
@@ -129,7 +130,7 @@ def _to_config(tree: DictConfig) -> Composed:
     return Composed(config=config, resolved=resolved)  # type: ignore[arg-type]
 
 
-def _admit_raw_key(override: str) -> str:
+def admit_raw_key(override: str) -> str:
     """`engine.deepspeed.a.b=1` adds a key that our schema does not list, which Hydra wants said with ++."""
     return f"++{override}" if override.startswith((f"{RAW_KEY}.", f"{RAW_KEY}={{")) else override
 
@@ -145,7 +146,7 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
             do="keep one, or write +exp=[one,two]: the second changes the first.",
         )
     for text in overrides:
-        override = _parsed(text)
+        override = parse_override(text)
         key, at = override.key_or_group, f"command line: {one_line(text)}"
         options = group_options(key, folders)
         is_setting = key.startswith(f"{RAW_KEY}.") or (key in keys and not is_dataclass(keys[key]))
@@ -163,7 +164,8 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
             _check_choice(text, override.value(), key, options)
 
 
-def _parsed(text: str) -> Override:
+def parse_override(text: str) -> Override:
+    """What an override says, in Hydra's grammar. Raises ConfigError."""
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -193,7 +195,7 @@ def _check_choice(text: str, value: object, group: str, options: list[str]) -> N
 
 def group_options(group: str, folders: list[Path]) -> list[str]:
     """Names of the yaml files of a config group over all folders; empty when there is no such group."""
-    if not group.isidentifier():
+    if not group.isidentifier() or group == SEARCH_SPACES:
         return []
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
@@ -205,6 +207,8 @@ def _unknown_key(key: str, at: str, folders: list[Path]) -> ConfigError:
             at=at,
             do="set output_dir=<folder> for the run folder.",
         )
+    if key == SEARCH_SPACES:
+        return ConfigError("a search space is for many trainings, not for one.", at=at, do="use launch/sweep.py -m.")
     groups = {path.name for folder in folders for path in folder.iterdir() if any(path.glob("*.yaml"))}
     guess = suggest_key(key, list(dict.fromkeys([*schema_keys(), *sorted(groups)])))
     return ConfigError(f"there is no setting {key!r}.{did_you_mean(guess)}", at=at, do=SEE_DOCS)

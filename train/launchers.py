@@ -1,4 +1,4 @@
-"""The processes that started this rank: deepspeed's, torchrun's, our supervisor; and the ranks beside it.
+"""The processes that started this rank: deepspeed's, torchrun's, our supervisor, a sweep; and the ranks beside it.
 
 They do not all pass a signal on. deepspeed's command ends at SIGTERM and leaves its launch.py and the ranks running;
 SIGUSR1 ends torchrun and launch.py and leaves the ranks. So a rank has to look whether they are still there.
@@ -9,13 +9,14 @@ from pathlib import PurePath
 
 import psutil
 
-PROGRAMS = {"deepspeed", "torchrun", "supervise.py"}
+PROGRAMS = {"deepspeed", "torchrun", "supervise.py", "sweep.py"}
 MODULES = {
     "deepspeed.launcher.runner",
     "deepspeed.launcher.launch",
     "torch.distributed.run",
     "torch.distributed.launch",
     "tunesmith.launch.supervise",
+    "tunesmith.launch.sweep",
 }
 DEEPSPEED_NODE = "deepspeed.launcher.launch"  # deepspeed's process on each node, the parent of its ranks
 

@@ -1,0 +1,219 @@
+"""A sweep as it was asked for: what is searched, how, where; refused before the first trial when it cannot work."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.launch.sweeping.settings import DEFAULT_TRIALS, GROUP, Pruner, Sampler, SweeperConfig
+from tunesmith.launch.sweeping.space import Space, read_space
+from tunesmith.train.compose import compose_config
+from tunesmith.train.config import ClusterKind, Config, Device
+from tunesmith.train.errors import ConfigError
+from tunesmith.train.places import CONF_DIR
+from tunesmith.train.rows import write_atomically
+
+DEFINITION = "definition.json"  # in the sweep's folder: what is searched, which a second command must share
+OWN_KEYS = ("output_dir", "name", "track.group")  # of each trial; what the user gives is the sweep's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a driver works from."""
+
+    settings: SweeperConfig
+    space: Space
+    config: Config  # of the first combination
+    config_dir: Path | None
+    study_name: str
+    folder: Path
+    num_gpus: int  # of this machine that may be used
+    is_grouped: bool  # the user has named a W&B group
+
+    @property
+    def num_trials(self) -> int:
+        """Trials in all, or fewer where the grid has fewer points."""
+        given = self.settings.n_trials
+        if self.space.size is not None:
+            listed = self.space.size
+            return min(given or (listed if self.settings.sampler is Sampler.grid else DEFAULT_TRIALS), listed)
+        return given or DEFAULT_TRIALS
+
+    @property
+    def is_slurm(self) -> bool:
+        return self.config.cluster.kind is ClusterKind.slurm
+
+    @property
+    def ranks(self) -> int:
+        """Of each trial."""
+        if self.is_slurm:
+            return self.config.cluster.nodes * self.config.cluster.ranks_per_node
+        return self.settings.ranks_per_trial or max(1, self.num_gpus // self.settings.n_jobs)
+
+    @property
+    def gpus(self) -> int:
+        """Of each trial, which the budget of GPU-hours counts."""
+        cluster = self.config.cluster
+        if self.is_slurm:
+            return cluster.nodes * (cluster.gpus_per_node or 0)
+        return self.ranks if self.num_gpus else 0
+
+    def overrides(self, number: int, point: dict[str, Any]) -> list[str]:
+        """Of one trial, its folder and names included."""
+        own = [f"output_dir={quoted(str(self.trial_folder(number)))}", f"name={quoted(f'{self.config.name}-{number}')}"]
+        group = [] if self.is_grouped else [f"track.group={quoted(self.study_name)}"]
+        return [*self.space.overrides(point), *own, *group]
+
+    def trial_folder(self, number: int) -> Path:
+        return self.folder / "trials" / str(number)
+
+    def log(self, number: int) -> Path:
+        return self.folder / "logs" / f"trial-{number}.log"
+
+
+def make_plan(settings: SweeperConfig, overrides: Sequence[str], config_dir: Path | None) -> Plan:
+    """Raises ConfigError for overrides that do not compose, an empty space, or settings that do not fit it."""
+    folders = [CONF_DIR, *([config_dir] if config_dir else [])]
+    space = read_space(settings.params, overrides, folders)
+    given = {text.lstrip("+").split("=", 1)[0]: text.split("=", 1)[1] for text in space.fixed if "=" in text}
+    for key in OWN_KEYS:
+        if key in (name.lstrip("+") for name in space.dimensions):
+            raise ConfigError(f"{key} is each trial's own.", at=f"command line: {key}=...", do="search something else.")
+    _check_sampler(settings, space)
+    first, *others = [compose_config(space.overrides(point), config_dir) for point in space.corners()]
+    for composed in (first, *others):
+        _check_metrics(settings, composed.config)
+    searched = tuple(text for text in space.fixed if text.lstrip("+").split("=", 1)[0] != "output_dir")
+    space = Space(space.dimensions, searched)
+    name = settings.study_name or f"{first.config.name}-{_digest(_definition(settings, space))[:8]}"
+    output_dir = first.config.output_dir
+    plan = Plan(
+        settings=settings,
+        space=space,
+        config=first.config,
+        config_dir=config_dir,
+        study_name=name,
+        folder=Path(output_dir).expanduser().absolute() if output_dir else Path("runs", name).absolute(),
+        num_gpus=num_gpus(first.config.cluster.device),
+        is_grouped="track.group" in given,
+    )
+    _check_ranks(plan)
+    return plan
+
+
+def _check_sampler(settings: SweeperConfig, space: Space) -> None:
+    if settings.sampler is Sampler.grid and (keys := space.intervals()):
+        raise ConfigError(
+            f"a grid has no end on the interval of {keys[0]}.",
+            at=f"{GROUP}.sampler",
+            do="choose hydra/sweeper=optuna or random, or give values: a,b,c.",
+        )
+
+
+def _check_metrics(settings: SweeperConfig, config: Config) -> None:
+    has_validation = bool(config.data.validation_sources or config.data.validation_fraction)
+    for metric in settings.metrics:
+        if metric.startswith("eval/") and not has_validation:
+            raise ConfigError(
+                f"{metric} needs validation records, and a trial has none.",
+                key=f"{GROUP}.metric",
+                do="set data.validation or data.validation_fraction, or another metric.",
+            )
+        if metric in ("eval/exact_match", "eval/rouge_l") and not config.evaluate.generate:
+            raise ConfigError(
+                f"{metric} needs answers, and evaluate.generate is false.",
+                key=f"{GROUP}.metric",
+                do="set evaluate.generate=true, or another metric.",
+            )
+    if settings.pruner is not Pruner.none and settings.metrics == ["eval/loss"] and not config.evaluate.every_steps:
+        raise ConfigError(
+            f"pruner={settings.pruner} needs evaluations to judge by.",
+            key=f"{GROUP}.pruner",
+            do="set evaluate.every_steps, or pruner=none.",
+        )
+
+
+def _check_ranks(plan: Plan) -> None:
+    settings = plan.settings
+    if settings.max_gpu_hours is not None and plan.gpus == 0:
+        raise ConfigError(
+            "the trials use no GPU, so GPU-hours are no limit.",
+            key=f"{GROUP}.max_gpu_hours",
+            do="set hydra.sweeper.max_hours.",
+        )
+    if plan.is_slurm:
+        if settings.ranks_per_trial is not None:
+            raise ConfigError(
+                "the ranks of a SLURM job are cluster.nodes x cluster.tasks_per_node.",
+                key=f"{GROUP}.ranks_per_trial",
+                do="leave it out.",
+            )
+        return
+    wanted = settings.n_jobs * plan.ranks
+    if plan.num_gpus and wanted > plan.num_gpus:
+        raise ConfigError(
+            f"{settings.n_jobs} trials of {plan.ranks} ranks need {wanted} GPUs, and there are {plan.num_gpus}.",
+            key=f"{GROUP}.ranks_per_trial" if settings.ranks_per_trial else f"{GROUP}.n_jobs",
+            do="lower hydra.sweeper.n_jobs or hydra.sweeper.ranks_per_trial.",
+        )
+
+
+def num_gpus(device: Device) -> int:
+    """GPUs that trainings of this command may use."""
+    if device is Device.cpu or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def claim_folder(plan: Plan) -> None:
+    """Makes the sweep's folder. Raises ConfigError when it holds another sweep, or something else."""
+    path, definition = plan.folder / DEFINITION, _definition(plan.settings, plan.space)
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name in definition if there.get(name) != definition[name]]
+        if names or there.get("study_name") != plan.study_name:
+            what = names[0] if names else "study_name"
+            raise ConfigError(
+                f"{plan.folder} holds a sweep of another {what}: {there.get(what)}.",
+                at=str(path),
+                do="give the same command, or another hydra.sweeper.study_name and output_dir.",
+            )
+        return
+    if plan.folder.exists() and any(plan.folder.iterdir()):
+        raise ConfigError(f"{plan.folder} is not empty and holds no sweep.", at="output_dir", do="choose another.")
+    try:
+        for name in ("trials", "logs", "claims"):
+            (plan.folder / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the sweep's folder cannot be made: {error.strerror}.", at=f"output_dir ({plan.folder})"
+        ) from None
+    text = json.dumps({"study_name": plan.study_name, **definition}, indent=2)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def _definition(settings: SweeperConfig, space: Space) -> dict[str, Any]:
+    """What makes trials of two commands trials of one sweep."""
+    return {
+        "overrides": sorted(space.fixed),
+        "space": space.described(),
+        "metrics": settings.metrics,
+        "directions": settings.directions,
+        "sampler": settings.sampler.value,
+        "seed": settings.seed,
+    }
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def quoted(text: str) -> str:
+    """A text as the value of an override, whatever stands in it."""
+    escaped = text.replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"'{escaped}'"

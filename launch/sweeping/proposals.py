@@ -1,0 +1,52 @@
+"""The next point of a space: the next one of the grid, a random one, or the one that TPE expects most of.
+
+What was tried decides, nothing else: a driver that is started again, or a second one, proposes what the first would.
+"""
+
+import random
+from collections.abc import Sequence
+
+import optuna
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+
+from tunesmith.launch.sweeping.settings import Sampler, SweeperConfig
+from tunesmith.launch.sweeping.space import Point, Space
+
+DRAWS = 32  # before a space of values is taken for used up, and the rest of it listed
+LISTED = 100_000  # points of a space that are listed to find an unused one
+
+
+def propose(space: Space, settings: SweeperConfig, trials: Sequence[FrozenTrial]) -> Point | None:
+    """A point that no trial has had; None when there is none left."""
+    used = {_key(space, trial.params) for trial in trials}
+    if space.size is not None and len(used) >= space.size:
+        return None
+    if settings.sampler is Sampler.grid:
+        return next((point for point in space.points() if _key(space, point) not in used), None)
+    for draw in range(DRAWS):
+        point = _draw(space, settings, trials, draw)
+        if _key(space, point) not in used:
+            return point
+    left = [point for _, point in zip(range(LISTED), space.points(), strict=False) if _key(space, point) not in used]
+    return random.Random(settings.seed).choice(left) if left else None
+
+
+def _draw(space: Space, settings: SweeperConfig, trials: Sequence[FrozenTrial], draw: int) -> Point:
+    """In a study of its own, so that a point that is not wanted leaves no trace in the real one."""
+    seed = random.Random(f"{settings.seed} {len(trials)} {draw}").randrange(2**31)
+    directions = [StudyDirection[way.upper()] for way in settings.directions]
+    study = optuna.create_study(directions=directions, sampler=_sampler(settings, seed))
+    study.add_trials([trial for trial in trials if trial.state != optuna.trial.TrialState.WAITING])
+    return dict(study.ask(space.distributions()).params)
+
+
+def _sampler(settings: SweeperConfig, seed: int) -> BaseSampler:
+    if settings.sampler is Sampler.random:
+        return RandomSampler(seed=seed)
+    return TPESampler(seed=seed, n_startup_trials=settings.n_startup_trials, multivariate=True)
+
+
+def _key(space: Space, point: Point) -> tuple[object, ...]:
+    return tuple(point.get(key) for key in space.dimensions)
