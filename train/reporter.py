@@ -41,6 +41,7 @@ class Reporter:
         self._every_steps = config.track.every_steps
         self._total_steps = total_steps
         self._tracker = Tracker(config, run_dir, resolved=resolved, resume_step=step, warn=self.console.warn)
+        self._tracker.plan(total_steps)
         self.console.begin(total_steps, step)
 
     def go_back(self, step: int, throughput: Throughput) -> None:

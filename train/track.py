@@ -1,8 +1,8 @@
 """The numbers of a run, on rank 0: files in the run folder, and Weights & Biases.
 
-The files (metrics.jsonl, samples.jsonl, summary.json) are the record and are written as the run goes. W&B is a copy
-that may fail: it lives in a thread of its own, so that a slow or dead server delays neither the start nor a step, and
-it ends with one warning. This is the only file that knows W&B.
+The files (metrics.jsonl, samples.jsonl, plan.json, summary.json) are the record and are written as the run goes. W&B is
+a copy that may fail: it lives in a thread of its own, so that a slow or dead server delays neither the start nor a
+step, and it ends with one warning. This is the only file that knows W&B.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from tunesmith.train.rows import finite, keep_rows, read_rows, write_atomically,
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SUMMARY_FILE = "summary.json"
+PLAN_FILE = "plan.json"  # what a running run is about to do: how many steps there are in all
 WANDB_ID_FILE = "wandb_id.txt"
 
 INIT_TIMEOUT = 8.0  # seconds for a server to take the run; wandb's own 90 s, then a crash: wandb #7086
@@ -74,6 +75,11 @@ class Tracker:
         self._started = time.monotonic() - seconds
         self._metrics = (self._run_dir / METRICS_FILE).open("ab", buffering=0)
         self._wandb = start_wandb(config, self._run_dir, resolved, resume_step, warn)
+
+    def plan(self, total_steps: int) -> None:
+        """Writes down how many optimizer steps there are in all, for who looks at the running run from outside."""
+        with self._never_raises(PLAN_FILE):
+            write_atomically(self._run_dir / PLAN_FILE, orjson.dumps({"total_steps": total_steps}) + b"\n")
 
     def go_back(self, step: int) -> None:
         """Drops the rows after a step from the files. W&B keeps them: it takes no second row for a step."""

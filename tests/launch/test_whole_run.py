@@ -33,7 +33,7 @@ def test_a_run_leaves_everything_and_its_losses_do_not_depend_on_the_launcher(
     run_dir = tmp_path / "run"
     names = {path.name for path in run_dir.iterdir()}
     assert names >= {"config.yaml", "metrics.jsonl", "summary.json", "samples.jsonl", "report.html", "report.png"}
-    assert names >= {"model", "checkpoints"}
+    assert names >= {"model", "checkpoints", "plan.json"}
     assert "best" not in names
     assert "Traceback" not in done.stderr
     assert "logits within" in done.stdout
