@@ -13,7 +13,6 @@ Options:
 """
 
 from tunesmith.launch.arguments import main
-
 from tunesmith.train.errors import ConfigError
 
 
@@ -23,7 +22,9 @@ def sweep(arguments: list[str]) -> None:
         from tunesmith.launch.sweeping import command
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"a sweep needs {error.name}, which is not installed.", at="launch/sweep.py", do="pip install -e '.[sweep]'."
+            f"a sweep needs {error.name}, which is not installed.",
+            at="launch/sweep.py",
+            do="pip install -e '.[sweep]'.",
         ) from None
     command.sweep(arguments)
 

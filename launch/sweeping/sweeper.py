@@ -31,13 +31,14 @@ class TunesmithSweeper(Sweeper):
         """Runs the trials that are left. Returns the driver and the result; raises ConfigError before the first."""
         from tunesmith.launch.sweeping.driver import Driver
         from tunesmith.launch.sweeping.report import write_report
-        from tunesmith.launch.sweeping.trials import Trials
+        from tunesmith.launch.sweeping.trials import Trials, check_storage
 
         assert self._settings is not None
         assert self.config is not None
         overrides = [text for text in arguments if text.lstrip("+").split("=", 1)[0] != SEARCH_SPACES]
         plan = make_plan(self._settings, overrides, searched_folder(self.config.hydra.searchpath))
         place = self._place(plan)
+        check_storage(plan.settings)
         claim_folder(plan)
         driver = Driver(plan, Trials(plan), place)
         driver.announce()

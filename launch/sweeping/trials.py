@@ -9,6 +9,7 @@ A lock is the system's, so it is free as soon as its process has ended, however 
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvin
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import create_engine
 
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.launch.sweeping.proposals import propose
-from tunesmith.launch.sweeping.settings import GROUP, Pruner
+from tunesmith.launch.sweeping.settings import GROUP, Pruner, SweeperConfig
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.redact import redact_text
 
@@ -41,23 +43,14 @@ class Trials:
         self._turn = FileLock(plan.folder / "claims" / "study.lock")
         url = plan.settings.storage or f"sqlite:///{plan.folder / 'study.db'}"
         options = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite:") else {}
-        try:
-            with self._turn:
-                self.study = optuna.create_study(
-                    storage=RDBStorage(url, engine_kwargs=options),
-                    study_name=plan.study_name,
-                    directions=[StudyDirection[way.upper()] for way in plan.settings.directions],
-                    pruner=make_pruner(plan),
-                    load_if_exists=True,
-                )
-        except Exception as error:  # SQLAlchemy's and each database's own
-            first = redact_text(str(error)).strip().split("\n", 1)[0]
-            raise ConfigError(
-                f"the database of the trials cannot be used: {type(error).__name__}: {first}.",
-                key=f"{GROUP}.storage",
-                at=f"{GROUP}.storage",
-                do="leave it out for a file in the sweep's folder, or give a URL as SQLAlchemy reads it.",
-            ) from None
+        with self._turn, _database_errors():
+            self.study = optuna.create_study(
+                storage=RDBStorage(url, engine_kwargs=options),
+                study_name=plan.study_name,
+                directions=[StudyDirection[way.upper()] for way in plan.settings.directions],
+                pruner=make_pruner(plan),
+                load_if_exists=True,
+            )
 
     def all(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -124,6 +117,26 @@ class Trials:
             elif isinstance(one, FloatDistribution):
                 trial.suggest_float(key, one.low, one.high, step=one.step, log=one.log)
         return trial
+
+
+def check_storage(settings: SweeperConfig) -> None:
+    """Raises ConfigError for a database that the user names and that cannot be reached."""
+    if settings.storage is not None:
+        with _database_errors(), create_engine(settings.storage).connect():
+            pass
+
+
+@contextmanager
+def _database_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # SQLAlchemy's, and each database's own
+        first = redact_text(str(error)).strip().split("\n", 1)[0]
+        raise ConfigError(
+            f"the database of the trials cannot be used: {type(error).__name__}: {first}.",
+            key=f"{GROUP}.storage",
+            do="leave it out for a file in the sweep's folder, or give a URL as SQLAlchemy reads it.",
+        ) from None
 
 
 def make_pruner(plan: Plan) -> BasePruner:
