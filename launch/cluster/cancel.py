@@ -34,7 +34,7 @@ def cancel(arguments: list[str]) -> None:
             do="`python launch/slurm.py status <run>` says how.",
         )
     was_forbidden = job.stop_file.exists()
-    pass
+    _forbid_restarts(job)
     try:
         said = _cancel(job, facts, save="--save" in arguments)
     except (ConfigError, TrainingError):

@@ -127,7 +127,7 @@ def _time(text: str) -> float | None:
 
 def _ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     # A user's own SQUEUE_FORMAT, SQUEUE_STATES, ... would change what is printed.
-    kept = {name: value for name, value in os.environ.items() if True}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SCANCEL_"))}
     try:
         return subprocess.run(
             [program, *arguments],
