@@ -23,6 +23,7 @@ from tunesmith.train.stop import SIGNALS
 
 LOOK_SECONDS = 0.2
 FOLLOW_SECONDS = 1.0  # between two looks at the metrics of a running trial
+FILL_SECONDS = 2.0  # between two looks for a further trial, while others run
 REPORT_SECONDS = 60.0  # between two reports while nothing else happens
 
 
@@ -48,6 +49,7 @@ class Driver:
         self._asked: str | None = None
         self._budget_spent: str | None = None
         self._written = 0.0
+        self._filled = 0.0
 
     def announce(self) -> None:
         """Says what is about to happen."""
@@ -106,6 +108,9 @@ class Driver:
 
     def _fill(self) -> bool:
         """Starts what there is room for; False when nothing was started because there is nothing to start."""
+        if self._running and time.monotonic() - self._filled < FILL_SECONDS:
+            return True
+        self._filled = time.monotonic()
         while len(self._running) < self._plan.settings.n_jobs:
             if not self._place.has_room():
                 return True
@@ -195,6 +200,7 @@ class Driver:
             study.tell(trial, state=TrialState.FAIL)
         self.trials.give_back(trial.number)
         del self._running[trial.number]
+        self._filled = 0.0
         say(f"trial {trial.number} {self._ended_words(running, outcome)}")
         self._report()
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from tunesmith.launch.sweeping.settings import DEFAULT_TRIALS, GROUP, Pruner, Sampler, SweeperConfig
 from tunesmith.launch.sweeping.space import Space, read_space
 from tunesmith.train.compose import compose_config
@@ -17,6 +19,7 @@ from tunesmith.train.places import CONF_DIR
 from tunesmith.train.rows import write_atomically
 
 DEFINITION = "definition.json"  # in the sweep's folder: what is searched, which a second command must share
+FOLDERS = ("trials", "logs", "claims")
 OWN_KEYS = ("output_dir", "name", "track.group")  # of each trial; what the user gives is the sweep's
 
 
@@ -173,6 +176,21 @@ def num_gpus(device: Device) -> int:
 def claim_folder(plan: Plan) -> None:
     """Makes the sweep's folder. Raises ConfigError when it holds another sweep, or something else."""
     path, definition = plan.folder / DEFINITION, _definition(plan.settings, plan.space)
+    if not path.is_file() and plan.folder.is_dir() and {one.name for one in plan.folder.iterdir()} - set(FOLDERS):
+        raise ConfigError(f"{plan.folder} is not empty and holds no sweep.", at="output_dir", do="choose another.")
+    try:
+        for name in FOLDERS:
+            (plan.folder / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the sweep's folder cannot be made: {error.strerror}.", at=f"output_dir ({plan.folder})"
+        ) from None
+    with FileLock(plan.folder / "claims" / "study.lock"):
+        _agree(plan, path, definition)
+
+
+def _agree(plan: Plan, path: Path, definition: dict[str, Any]) -> None:
+    """Writes the definition, or compares it with the one that is there."""
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))
         names = [name for name in definition if there.get(name) != definition[name]]
@@ -184,15 +202,6 @@ def claim_folder(plan: Plan) -> None:
                 do="give the same command, or another hydra.sweeper.study_name and output_dir.",
             )
         return
-    if plan.folder.exists() and any(plan.folder.iterdir()):
-        raise ConfigError(f"{plan.folder} is not empty and holds no sweep.", at="output_dir", do="choose another.")
-    try:
-        for name in ("trials", "logs", "claims"):
-            (plan.folder / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"the sweep's folder cannot be made: {error.strerror}.", at=f"output_dir ({plan.folder})"
-        ) from None
     text = json.dumps({"study_name": plan.study_name, **definition}, indent=2)
     write_atomically(path, text.encode() + b"\n")
 

@@ -44,8 +44,9 @@ class Trials:
         url = plan.settings.storage or f"sqlite:///{plan.folder / 'study.db'}"
         options = {"connect_args": {"timeout": BUSY_SECONDS}} if url.startswith("sqlite:") else {}
         with self._turn, _database_errors():
+            self._storage = RDBStorage(url, engine_kwargs=options)
             self.study = optuna.create_study(
-                storage=RDBStorage(url, engine_kwargs=options),
+                storage=self._storage,
                 study_name=plan.study_name,
                 directions=[StudyDirection[way.upper()] for way in plan.settings.directions],
                 pruner=make_pruner(plan),
@@ -74,6 +75,13 @@ class Trials:
             self._claim(begun_now.number)
             return begun_now
 
+    def close(self) -> None:
+        """Gives everything back: a driver that is killed does the same."""
+        for number in list(self._claims):
+            self.give_back(number)
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
     def give_back(self, number: int) -> None:
         """The trial is not run by this driver any more."""
         self._claims.pop(number).release()
@@ -82,13 +90,12 @@ class Trials:
         """Whether another driver runs it."""
         if trial.state is not TrialState.RUNNING or trial.number in self._claims:
             return False
-        lock = self._lock(trial.number)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        with self._turn:  # or a driver that claims it just now would find the lock taken
+            try:
+                with self._lock(trial.number).acquire(timeout=0):
+                    return False
+            except Timeout:
+                return True
 
     def is_mine(self, number: int) -> bool:
         return number in self._claims
@@ -122,8 +129,10 @@ class Trials:
 def check_storage(settings: SweeperConfig) -> None:
     """Raises ConfigError for a database that the user names and that cannot be reached."""
     if settings.storage is not None:
-        with _database_errors(), create_engine(settings.storage).connect():
-            pass
+        with _database_errors():
+            engine = create_engine(settings.storage)
+            engine.connect().close()
+            engine.dispose()
 
 
 @contextmanager
