@@ -4,7 +4,7 @@ Nothing here waits or kills: it reads the board and the kernel, and words what t
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Cause:
     rank: int
     step: int
     phase: str
-    kind: str  # killed, exited, hang, lost, error
+    kind: str  # killed, exited, hang, lost, error, superseded
     line: str
 
 
@@ -96,7 +96,14 @@ def _who(slot: Slot, world_size: int) -> str:
     return f"rank {slot.rank} of {world_size} (pid {slot.pid})"
 
 
-def hang(late: Slot, slots: Sequence[Slot], world_size: int, now: float, states: dict[int, str]) -> Cause | None:
+def hang(
+    late: Slot,
+    slots: Sequence[Slot],
+    world_size: int,
+    now: float,
+    states: dict[int, str],
+    nodes: Mapping[int, str] | None = None,
+) -> Cause | None:
     """Names the rank that the others wait for, when `late` has stood still for longer than it may.
 
     None while the rank they wait for moves on: it is slow, which is no reason to end a run.
@@ -104,6 +111,7 @@ def hang(late: Slot, slots: Sequence[Slot], world_size: int, now: float, states:
     Args:
         slots: all ranks that still run.
         states: of the processes of this node, by rank, as process_state() gives them.
+        nodes: the names of the other nodes, by rank.
     """
     silent = [slot for slot in slots if now - slot.beat > BEAT_IS_STALE and states.get(slot.rank) != "T"]
     elsewhere = [slot for slot in silent if slot.rank not in states]
@@ -113,7 +121,7 @@ def hang(late: Slot, slots: Sequence[Slot], world_size: int, now: float, states:
     if stopped:
         return _hang(stopped[0], slots, world_size, now, "is stopped (SIGSTOP, or a debugger)")
     if elsewhere:
-        return lost(elsewhere[0], world_size, now)
+        return lost(elsewhere[0], world_size, now, nodes)
     if silent:
         return _hang(silent[0], slots, world_size, now, "hangs", ", inside C code that holds the interpreter's lock")
     if (behind.collective, behind.num_changes) != (ahead.collective, ahead.num_changes) or len(slots) == 1:
@@ -125,11 +133,12 @@ def hang(late: Slot, slots: Sequence[Slot], world_size: int, now: float, states:
     return Cause(late.rank, late.step, late.phase, "hang", line)
 
 
-def lost(slot: Slot, world_size: int, now: float) -> Cause:
-    """A rank of another node of which nothing is heard any more."""
+def lost(slot: Slot, world_size: int, now: float, nodes: Mapping[int, str] | None = None) -> Cause:
+    """A rank of another node of which nothing is heard any more; nodes has the names of those nodes, by rank."""
+    on = f" on {nodes[slot.rank]}" if nodes and slot.rank in nodes else ""
     line = (
-        f"rank {slot.rank} of {world_size} was last heard of {now - slot.beat:.0f} s ago, {slot.where}: its node, or "
-        "the network to it, is gone"
+        f"rank {slot.rank} of {world_size}{on} was last heard of {now - slot.beat:.0f} s ago, {slot.where}: its "
+        "node, or the network to it, is gone"
     )
     return Cause(slot.rank, slot.step, slot.phase, "lost", line)
 

@@ -31,6 +31,7 @@ from tunesmith.train.checkpoint_publish import point_to, prune, publish
 from tunesmith.train.config import CheckpointConfig
 from tunesmith.train.distributed import World, broadcast_text, first_problem
 from tunesmith.train.errors import TrainingError
+from tunesmith.train.fence import Superseded, fence
 from tunesmith.train.manifest import Identity
 from tunesmith.train.random_state import load_random_state, random_state_files, seed_rank
 from tunesmith.train.reporter import Reporter
@@ -248,7 +249,7 @@ class Checkpoints:
         save.publish_problem = "rank 0 did not come to its manifest"  # what a thread raises is heard by nobody
         try:
             save.num_bytes = publish(save.part.folder, save.target, save.state.step, self._identity)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Superseded) as error:
             save.publish_problem = " ".join(str(error).split())
             return
         save.publish_problem = ""
@@ -256,11 +257,12 @@ class Checkpoints:
             point_to(save.target, save.state.step)
             conversion.forget(self.run_dir)
             prune(self.run_dir, self._settings, keep={self._loaded}, best_step=save.state.best_step)
-        except OSError as error:
+        except (OSError, Superseded) as error:
             save.note = f"step {save.state.step}: saved, but not tidied up after: {error}"
 
     def _end(self, save: Save, problem: str, step: int, started: float) -> None:
         self._save = None
+        fence.check()
         if problem and self._world.rank == 0:
             durable.remove_tree(save.part.folder)
         save.stall_seconds += time.monotonic() - started

@@ -4,9 +4,11 @@ Every rank takes part: rank 0 looks at names, owners, the manifest and sizes, th
 A run that has checkpoints and cannot use any is refused: starting over without a word would be the worst answer.
 """
 
+import contextlib
 import json
 import os
 import re
+import secrets
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,11 +93,17 @@ def choose(resume: ResumeConfig, run_dir: Path, world: World, device: torch.devi
 
 
 def remove_stale(run_dir: Path) -> None:
-    """Removes what saves have left that were never finished. Only for rank 0, while it holds the run's lock."""
+    """Removes what saves have left that were never finished. Only for rank 0, while it holds the run's lock.
+
+    Renamed first: an older attempt that still runs somewhere must not publish what is half removed (fence.py).
+    """
     folder = run_dir / FOLDER
     for path in folder.iterdir() if folder.is_dir() else []:
         if STALE.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            durable.remove_tree(path)
+            unnamed = path.with_name(f"{path.name.partition('.')[0]}.tmp-{secrets.token_hex(4)}")
+            with contextlib.suppress(FileNotFoundError):  # the older attempt was faster, and has published it whole
+                durable.replace(path, unnamed)
+                durable.remove_tree(unnamed)
 
 
 def set_aside_after(run_dir: Path, step: int) -> list[str]:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from tunesmith.train.fence import fence
 from tunesmith.train.progress import progress
 
 BUFFER_BYTES = 1 << 20  # torch.save writes a header and padding for each tensor; larger writes go past the buffer
+COMMITS = ("rename", "mkdir", "unlink")  # what only the newest attempt at a run may do (fence.py)
 FILE_MODE, FOLDER_MODE = 0o644, 0o755  # whatever the umask allows: a checkpoint that others may write is refused later
 
 
@@ -29,7 +31,12 @@ class FileDigest:
 
 
 def operation(kind: str, path: Path) -> None:
-    """Stands before every change to the disk. Kinds: open, write, fsync, rename, mkdir, unlink."""
+    """Stands before every change to the disk. Kinds: open, write, fsync, rename, mkdir, unlink.
+
+    Raises Superseded for one of COMMITS when a newer attempt has the run folder.
+    """
+    if kind in COMMITS:
+        fence.check()
     if progress.plan is not None:
         progress.plan.at_file(kind, str(path))
 

@@ -24,6 +24,7 @@ from tunesmith.train import distributed
 from tunesmith.train.config import AdapterKind, Config
 from tunesmith.train.data.render import stop_token_ids
 from tunesmith.train.errors import TrainingError
+from tunesmith.train.fence import fence
 from tunesmith.train.model import open_model
 from tunesmith.train.paths import resolve_path
 from tunesmith.train.run_folder import write_json
@@ -70,6 +71,7 @@ class Draft:
         self._careful(self._begin)
 
     def _begin(self) -> None:
+        fence.check()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
 
@@ -257,6 +259,7 @@ def compare_weights(folder: Path, digests: dict[str, str]) -> None:
 
 def remove_others(folder: Path) -> None:
     """Leaves only this written model in its parent folder; rank 0 only."""
+    fence.check()
     for other in folder.parent.iterdir():
         if other.is_dir() and other != folder:
             remove_written(other)
@@ -271,6 +274,7 @@ def remove_written(folder: Path) -> None:
 
 def publish(draft: Path, target: Path) -> None:
     """Puts a written model in its place in one move, by links where the disk has them; rank 0 only. The draft stays."""
+    fence.check()
     staged = target.with_name(f".{target.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(draft, staged, copy_function=_link_or_copy)

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from tunesmith.train.board import Slot
 from tunesmith.train.cause import Cause, process_state
+from tunesmith.train.fence import Superseded, fence
 from tunesmith.train.redact import redact_text
 from tunesmith.train.run_folder import SUMMARY, write_json
 
@@ -66,7 +67,9 @@ def is_lost_peer(error: BaseException) -> bool:
 
 def write_failure(files: RunFiles | None, cause: Cause, world_size: int, trace: str, stacks: Path | None) -> None:
     """failure.json, and summary.json with the status; nothing where there is no run folder, or no room in it."""
-    if files is None:
+    if files is None or is_superseded():
+        return
+    if (files.folder / FAILURE).exists():  # by another node, which could not tell this one, of the same attempt
         return
     line = redact_text(cause.line)
     tree = {
@@ -84,6 +87,15 @@ def write_failure(files: RunFiles | None, cause: Cause, world_size: int, trace: 
     with contextlib.suppress(OSError):
         write_json(files.folder / FAILURE, tree)
         write_json(files.folder / SUMMARY, failed_summary(files.name, cause.step, line))
+
+
+def is_superseded() -> bool:
+    """Whether the run folder is a newer attempt's, which must not find our failure in it."""
+    try:
+        fence.check()
+    except (Superseded, OSError):
+        return True
+    return False
 
 
 def failed_summary(name: str, steps: int, line: str) -> dict[str, Any]:
@@ -118,7 +130,7 @@ def collect_stacks(slots: Iterable[Slot], files: RunFiles | None) -> Path | None
             os.kill(slot.pid, signal.SIGUSR2)
     time.sleep(DUMP_SECONDS)
     try:
-        if files is None:
+        if files is None or is_superseded():
             folder = Path(tempfile.mkdtemp(prefix="tunesmith-stacks-"))
         else:
             folder = files.folder / STACKS

@@ -8,6 +8,7 @@ from tunesmith.train.data.render import stop_token_ids
 from tunesmith.train.data.template import visible_answer
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.evaluate import answer_metrics, same_answer
+from tunesmith.train.fence import fence
 from tunesmith.train.generate import answers
 from tunesmith.train.loop import Loop
 from tunesmith.train.progress import reach
@@ -30,6 +31,7 @@ def finish(loop: Loop) -> dict[str, Any]:
     summary = summarise(run, evaluation=evaluation | figures, proof=proof)
     run.reporter.finish(summary)
     if run.world.rank == 0:
+        fence.check()
         export.discard_drafts(folder)  # only now: until the summary says finished, a restart needs the best weights
         conversion.forget(run.run_dir)  # a run that saved no checkpoint of its own still has it
         write_report(run.run_dir)

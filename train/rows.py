@@ -8,6 +8,8 @@ from typing import Any
 
 import orjson
 
+from tunesmith.train.fence import fence
+
 
 def finite(value: float | None) -> float | None:
     """The value as a plain number, or None where JSON has no number for it."""
@@ -29,6 +31,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
+    """A file that is the old one or the new one at any moment. Raises OSError, and Superseded (fence.py)."""
+    fence.check()
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content)

@@ -1,8 +1,9 @@
 """A run from its config to its model: prepare the data, meet the other ranks, train, finish."""
 
 import contextlib
+import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -10,7 +11,7 @@ import torch
 import yaml
 from filelock import FileLock
 
-from tunesmith.train import checkpoint_find, distributed, engine_config, run_folder
+from tunesmith.train import checkpoint_find, distributed, engine_config, node_checks, run_folder
 from tunesmith.train.compose import Composed
 from tunesmith.train.config import Config
 from tunesmith.train.console import Console
@@ -19,6 +20,7 @@ from tunesmith.train.data.preview import preview
 from tunesmith.train.distributed import World
 from tunesmith.train.errors import EXIT_STOPPED, Stopped, TrainingError, TunesmithError
 from tunesmith.train.failure import failed_summary
+from tunesmith.train.fence import Token, fence, token_from_environment
 from tunesmith.train.kernel_choice import choose_kernels
 from tunesmith.train.model import check_model
 from tunesmith.train.out_of_memory import explained
@@ -43,6 +45,7 @@ def run(composed: Composed) -> Path:
     reach("starting", 0)
     config = composed.config
     world = distributed.world_from_environment()
+    node_checks.check_launch(config, world)
     engine_config.check(config, world.world_size)
     _make_absolute(composed)
     device = distributed.choose_device(config.cluster.device, world)
@@ -71,7 +74,8 @@ def run(composed: Composed) -> Path:
         )
         watchdog = Watchdog(world, timeouts, store, lambda line: _close(reporter, config, line))
         run_dir = Path(distributed.broadcast_text(str(run_dir), device))
-        _train(composed, world, device, run_dir, tokenizer, data, reporter, watchdog)
+        nodes = node_checks.check_nodes(config, composed.resolved, world, device, store, run_dir)
+        _train(composed, world, device, run_dir, tokenizer, data, reporter, watchdog, nodes)
         watchdog.leave()
     except Exception as error:
         if watchdog is None:
@@ -82,6 +86,7 @@ def run(composed: Composed) -> Path:
             watchdog.leave()
         raise
     finally:
+        fence.leave()
         reporter.close()
         distributed.stop()
     return run_dir
@@ -117,6 +122,7 @@ def _train(
     data: PreparedData,
     reporter: Reporter,
     watchdog: Watchdog,
+    nodes: list[tuple[str, str]],
 ) -> None:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     # Imported here because DeepSpeed picks its accelerator while it is imported.
@@ -125,10 +131,14 @@ def _train(
     from tunesmith.train.summary import start_rows
 
     # First, where the folder is there: setting up renames and removes in it. A new one is made once all else is well.
-    held = _of_folder(lambda: run_folder.hold(run_dir) if run_dir.is_dir() else None, world, device, run_dir)
+    token = _common_token(device)
+    held = _of_folder(lambda: _take(run_dir, token) if run_dir.is_dir() else None, world, device, run_dir)
     ready = set_up(composed.config, world, device, run_dir, tokenizer, data, reporter)
-    reporter.table(start_rows(ready), composed.config.name)
-    lock = _of_folder(lambda: _create_folder(composed, run_dir, held), world, device, run_dir)
+    reporter.table([*start_rows(ready), *nodes], composed.config.name)
+    lock = _of_folder(lambda: _create_folder(composed, run_dir, held, token), world, device, run_dir)
+    fence.join(run_dir, token)
+    if world.local_rank == 0:
+        fence.watch(watchdog.superseded)
     watchdog.use_folder(run_dir, composed.config.name)
     reporter.begin(composed.config, composed.resolved, run_dir, ready.throughput, ready.total_steps, ready.state.step)
     # Whatever this run was resumed from: what it rolls back to is in its own folder.
@@ -193,9 +203,22 @@ def _tell_stopped(ready: "Run", stopped: Stopped) -> None:
         distributed.barrier()
 
 
-def _create_folder(composed: Composed, run_dir: Path, held: FileLock | None) -> FileLock:
-    lock = run_folder.create(run_dir, yaml.safe_dump(redact(composed.resolved), sort_keys=False), held)
+def _common_token(device: torch.device) -> Token:
+    """Rank 0's, on every rank."""
+    return Token(**json.loads(distributed.broadcast_text(json.dumps(asdict(token_from_environment())), device)))
+
+
+def _take(run_dir: Path, token: Token) -> FileLock:
+    """The folder is this attempt's, before it looks for a checkpoint in it; rank 0 only."""
+    lock = run_folder.hold(run_dir, token)
+    fence.take(run_dir, token)
     checkpoint_find.remove_stale(run_dir)
+    return lock
+
+
+def _create_folder(composed: Composed, run_dir: Path, held: FileLock | None, token: Token) -> FileLock:
+    lock = run_folder.create(run_dir, yaml.safe_dump(redact(composed.resolved), sort_keys=False), held)
+    fence.take(run_dir, token)
     return lock
 
 

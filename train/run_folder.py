@@ -13,12 +13,14 @@ from tunesmith.train import durable
 from tunesmith.train.config import Config
 from tunesmith.train.durable import write_json
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.fence import Token, supersedes
 
 __all__ = ["write_json"]
 
 MODEL = "model"  # what the run leaves behind
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+JOB = "job"  # what launch/slurm.py puts there before the run has begun
 OURS = ".tunesmith-"  # start of the names of a folder's lock, and of what is made to see whether it can be written
 SPARE_BYTES = 256 * 2**20  # for metrics, the report and W&B's files
 
@@ -43,7 +45,7 @@ def check_usable(folder: Path, resume: str) -> None:
     """Raises ConfigError when the folder holds something else, or a run that must not be written over."""
     try:
         is_run = (folder / CONFIG).is_file()
-        is_used = folder.is_dir() and any(not path.name.startswith(OURS) for path in folder.iterdir())
+        is_used = folder.is_dir() and any(not _says_nothing(path.name) for path in folder.iterdir())
     except OSError as error:  # too long a name, or no permission to look
         raise ConfigError(
             f"the run folder cannot be used: {error.strerror}.", at="output_dir", do="choose another output_dir."
@@ -58,6 +60,10 @@ def check_usable(folder: Path, resume: str) -> None:
         )
     check_links(folder)
     check_writable(folder)
+
+
+def _says_nothing(name: str) -> bool:
+    return name.startswith(OURS) or name == JOB
 
 
 def _has_results(folder: Path) -> bool:
@@ -96,12 +102,22 @@ def create(folder: Path, config_yaml: str, held: FileLock | None = None) -> File
     return lock
 
 
-def hold(folder: Path) -> FileLock:
-    """The lock of a folder that is there. Raises ConfigError when another run holds it."""
-    lock = FileLock(folder / f"{OURS}lock")
+def hold(folder: Path, token: Token | None = None) -> FileLock:
+    """The lock of a folder that is there. Raises ConfigError when another run holds it.
+
+    token: of this attempt. An earlier attempt of the same job may still run on a node that is cut off, with the lock:
+    its lock file is put away, and the fence keeps it from writing.
+    """
+    path = folder / f"{OURS}lock"
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
+    except NotImplementedError:  # a file system without flock, as Lustre may be mounted: the fence is what is left
+        return lock
     except Timeout:
+        if token is not None and supersedes(token, folder):
+            path.unlink(missing_ok=True)
+            return hold(folder)
         raise ConfigError(
             f"another run is writing to {folder}.",
             at="output_dir",

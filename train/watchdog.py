@@ -33,6 +33,7 @@ from tunesmith.train.failure import (
     traceback_of,
     write_failure,
 )
+from tunesmith.train.fence import Superseded
 from tunesmith.train.nodes import Nodes
 from tunesmith.train.progress import Progress, progress
 from tunesmith.train.stop import end
@@ -78,7 +79,7 @@ class Watchdog:
         barrier()
         self._pidfds: dict[int, Slot] = {}
         self._poll = select.poll()
-        self._nodes = Nodes(world, store) if world.num_nodes > 1 else None
+        self._nodes = Nodes(world, store, self._over) if world.num_nodes > 1 else None
         self._watch_over(self._board.slots())
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -88,6 +89,10 @@ class Watchdog:
         self._files = RunFiles(folder, name)
         if self.world.rank == 0:
             forget_failure(folder)
+
+    def superseded(self, lost: Superseded) -> None:
+        """A newer attempt has the run folder: this one ends, and leaves nothing there. From any thread."""
+        self._tell(Cause(self.world.rank, progress.step, progress.phase, "superseded", lost.what))
 
     def leave(self) -> None:
         """This rank has nothing more to do, or ends in a way that is no failure."""
@@ -115,7 +120,8 @@ class Watchdog:
         now = time.monotonic()
         gone = [slot for slot in (self._nodes.slots() if self._nodes else []) if now - slot.beat > causes.BEAT_IS_STALE]
         if gone:
-            self._tell(causes.lost(gone[0], self.world.world_size, now))
+            names = self._nodes.names() if self._nodes else {}
+            self._tell(causes.lost(gone[0], self.world.world_size, now, names))
 
     def _wait_for_claim(self, seconds: float) -> None:
         """Gives another rank so long to claim."""
@@ -243,7 +249,8 @@ class Watchdog:
         if late:
             states = {slot.rank: causes.process_state(slot.pid) for slot in running}
             others = self._nodes.slots() if self._nodes else []
-            cause = causes.hang(late[0], running + others, self.world.world_size, time.monotonic(), states)
+            names = self._nodes.names() if self._nodes else {}
+            cause = causes.hang(late[0], running + others, self.world.world_size, time.monotonic(), states, names)
             if cause is not None:
                 self._tell(cause)
 
