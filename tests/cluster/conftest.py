@@ -18,7 +18,14 @@ SCRIPT = Path(__file__).parent / "slurm_cluster.sh"
 # A node that is gone is missed after 5 s, not after 14: SLURM counts these times about three times.
 IMPATIENT = ("SlurmdTimeout=2", "MessageTimeout=2", "TCPTimeout=1")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
+TEST_SECONDS = 600  # the first training of a session builds an extension: 40 s, or minutes on a busy machine
 OVER = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "BOOT_FAIL"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(SCRIPT.parent) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 class Cluster:
@@ -155,7 +162,7 @@ def training_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
     done = subprocess.run(
-        [sys.executable, "-c", build], env=os.environ | env, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-c", build], env=os.environ | env, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
     return env
