@@ -59,6 +59,8 @@ SSH = """Host *
     StrictHostKeyChecking accept-new
     LogLevel ERROR
     ConnectTimeout 5
+    ServerAliveInterval 2
+    ServerAliveCountMax 3
 """
 
 
