@@ -174,10 +174,12 @@ class Driver:
         running.followed = time.monotonic()
         folder = self._plan.trial_folder(running.trial.number)
         new = [(step, value) for step, value in curve(folder, settings.metrics[0]) if step not in running.reported]
+        is_hopeless = False
         for step, value in new:
             running.trial.report(value, step)
             running.reported.add(step)
-        if new and not last and not running.is_pruned and running.trial.should_prune():
+            is_hopeless |= running.trial.should_prune()  # asked at each step: asha notes there how far the trial came
+        if is_hopeless and not last and not running.is_pruned:
             running.is_pruned = True
             assert running.attempt is not None
             running.attempt.stop()

@@ -16,6 +16,9 @@ HEAD = "# @package _global_\n"
 
 def write_experiment(plan: Plan, number: int, params: dict[str, Any], name: str, comment: str) -> Path:
     """Writes <sweep>/conf/exp/<name>.yaml, which composes to the config of the trial; returns its path."""
+    path = plan.folder / "conf" / "exp" / f"{name}.yaml"
+    if path.is_file() and path.read_text(encoding="utf-8").startswith(f"{HEAD}# {comment}\n"):
+        return path
     composed = compose_config(plan.space.overrides(params), plan.config_dir)
     assert composed.places is not None
     wanted = _without_own(composed.resolved)
@@ -36,7 +39,6 @@ def write_experiment(plan: Plan, number: int, params: dict[str, Any], name: str,
         tree["defaults"] = [{f"override /{group}": option} for group, option in chosen.items()] + ["_self_"]
     tree |= {"name": name} | _differences(wanted, base)
     text = f"{HEAD}# {comment}\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}"
-    path = plan.folder / "conf" / "exp" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
     return path

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from tunesmith.launch.sweeping.settings import DEFAULT_TRIALS, GROUP, Pruner, Sampler, SweeperConfig
 from tunesmith.launch.sweeping.space import Space, read_space
@@ -224,5 +225,4 @@ def _digest(tree: dict[str, Any]) -> str:
 
 def quoted(text: str) -> str:
     """A text as the value of an override, whatever stands in it."""
-    escaped = text.replace("\\'", "\\\\'").replace("'", "\\'")
-    return f"'{escaped}'"
+    return QuotedString(text, Quote.single).with_quotes()

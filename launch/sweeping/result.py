@@ -2,10 +2,12 @@
 
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tunesmith.launch.sweeping.outcome import curve
@@ -151,8 +153,13 @@ def _importances(trials: Trials) -> dict[str, float]:
         return {}
     if len(varied) == 1:
         return {varied[0]: 1.0}
-    evaluator = PedAnovaImportanceEvaluator(evaluate_on_local=False)
-    found = get_param_importances(
-        trials.study, evaluator=evaluator, params=varied, target=lambda trial: float((trial.values or [math.nan])[0])
-    )
+    sign = 1.0 if trials.study.directions[0] is StudyDirection.MINIMIZE else -1.0  # it explains low values
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes the importances of params to")
+        found = get_param_importances(
+            trials.study,
+            evaluator=PedAnovaImportanceEvaluator(evaluate_on_local=False),
+            params=varied,
+            target=lambda trial: sign * float((trial.values or [math.nan])[0]),
+        )
     return {key: value for key, value in found.items() if math.isfinite(value)}
