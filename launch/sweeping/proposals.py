@@ -5,6 +5,7 @@ What was tried decides, nothing else: a driver that is started again, or a secon
 
 import math
 import random
+import warnings
 from collections.abc import Sequence
 
 import optuna
@@ -46,7 +47,9 @@ def _draw(space: Space, settings: SweeperConfig, trials: Sequence[FrozenTrial], 
 def _sampler(settings: SweeperConfig, seed: int) -> BaseSampler:
     if settings.sampler is Sampler.random:
         return RandomSampler(seed=seed)
-    return TPESampler(seed=seed, n_startup_trials=settings.n_startup_trials, multivariate=True, gamma=_num_good)
+    with warnings.catch_warnings():  # gamma goes in Optuna 6, which pyproject.toml does not admit
+        warnings.filterwarnings("ignore", message="`gamma` has been deprecated", category=FutureWarning)
+        return TPESampler(seed=seed, n_startup_trials=settings.n_startup_trials, multivariate=True, gamma=_num_good)
 
 
 def _num_good(num_trials: int) -> int:
