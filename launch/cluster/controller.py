@@ -1,0 +1,57 @@
+"""What a running job asks of SLURM's controller: its nodes, its own state, and to be started again."""
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+
+from tunesmith.launch.cluster.queue import ANSWER_SECONDS
+
+BAD_STATE = re.compile(r"DOWN|FAIL|NOT_RESPONDING|DRAIN|POWER|UNKNOWN|ERROR|INVAL")
+FIELD = re.compile(r"^\s*(State|Reason)=(.*?)(?:\s+[A-Z][A-Za-z]+=.*)?$", re.MULTILINE)
+
+
+def host_names(nodes: str) -> list[str]:
+    """n[1-2] as n1 and n2, in SLURM's order."""
+    return _scontrol("show", "hostnames", nodes).stdout.split()
+
+
+def ill_nodes(nodes: Sequence[str]) -> dict[str, str]:
+    """Those nodes that the controller does not hold to be well: node -> its state and why. Empty when it is silent."""
+    found = {}
+    for node in nodes:
+        fields = dict(FIELD.findall(_scontrol("show", "node", node).stdout))
+        if BAD_STATE.search(fields.get("State", "")):
+            reason = fields.get("Reason", "").strip()
+            found[node] = f"{fields['State'].strip()}{f' ({reason})' if reason else ''}"
+    return found
+
+
+def requeue(job_id: str, exclude: Sequence[str]) -> str:
+    """Puts this job back into the queue, not to run on some nodes; what SLURM says against it, or nothing.
+
+    The controller ends this job's processes with SIGTERM meanwhile: the second command must not hear it.
+    """
+    done = _scontrol("requeue", job_id)
+    if done.returncode:
+        return " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    if exclude:
+        _scontrol("update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
+    return ""
+
+
+def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["scontrol", *arguments]
+    try:
+        return subprocess.run(
+            command,
+            env=os.environ | {"LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ANSWER_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"no answer in {ANSWER_SECONDS:g} s")

@@ -1,0 +1,49 @@
+"""What a job writes down of itself: <run>/job/events.jsonl, a line for each start, sick node and end."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tunesmith.launch.cluster.job_folder import tail_rows
+
+NAME = "events.jsonl"
+SICK_HOURS = 24.0  # that a node stays excluded: by then somebody has seen to it
+
+
+def append(folder: Path, restart: int, event: str, **values: Any) -> None:
+    """One line, in one write. A full disk must not end a job: the line is then missing."""
+    row = {"time": time.time(), "restart": restart, "event": event, **values}
+    try:
+        file = os.open(folder / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        return
+    try:
+        os.write(file, orjson.dumps(row) + b"\n")
+    except OSError:
+        return
+    finally:
+        os.close(file)
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    """The last rows, oldest first."""
+    return [row for row in tail_rows(folder / NAME) if isinstance(row.get("event"), str)]
+
+
+def sick_nodes(folder: Path) -> dict[str, str]:
+    """Nodes that were found to be sick within SICK_HOURS: node -> why."""
+    since = time.time() - 3600 * SICK_HOURS
+    rows = [row for row in events_of(folder) if row["event"] == "sick" and float(row.get("time") or 0) >= since]
+    return {str(row["node"]): str(row.get("reason", "")) for row in rows if row.get("node")}
+
+
+def restarts_without_progress(rows: list[dict[str, Any]], submitted: float) -> int:
+    """How many ends in a row, the last ones of this job, came without a newer checkpoint than the end before."""
+    steps = [int(row["step"]) for row in rows if row["event"] == "ended" and row["time"] >= submitted and "step" in row]
+    count = 0
+    for number, step in enumerate(steps):
+        count = 0 if step > max(steps[:number], default=0) else count + 1
+    return count

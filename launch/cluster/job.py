@@ -1,0 +1,313 @@
+"""The driver of a job, on its first node: pre-flight, ranks, and the way back into the queue until the run is done.
+
+    python -m tunesmith.launch.cluster.job --run-dir <run> --nodes 2 ... -- <overrides of launch/train.py>
+
+The script that launch/slurm.py submits runs this and nothing else. It exits with 0 when the run has finished, 2 when it
+cannot be run as given, 75 when it was stopped, and with another code when it gives up. It says each thing in one line,
+and writes the same to <run>/job/events.jsonl.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from tunesmith.launch import preflight
+from tunesmith.launch.arguments import main
+from tunesmith.launch.attempt import Ended
+from tunesmith.launch.cluster import controller, steps
+from tunesmith.launch.cluster.events import append, events_of, restarts_without_progress, sick_nodes
+from tunesmith.launch.cluster.job_folder import FOLDER, find_job
+from tunesmith.launch.cluster.job_spec import JobSpec
+from tunesmith.launch.cluster.queue import JobFacts, job_facts
+from tunesmith.launch.cluster.submit import write_job
+from tunesmith.launch.supervise import newest_checkpoint
+from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError, TunesmithError
+from tunesmith.train.fault_plan import RESTART
+from tunesmith.train.redact import redact_text
+from tunesmith.train.run_folder import is_finished
+from tunesmith.train.stop import ENDS, RUNNING, end
+
+SICK_NODES = "TUNESMITH_SICK_NODES"  # environment: the file in which a run names nodes that are not fit
+PREFLIGHT_SECONDS = 120.0
+PROBE_SECONDS = 20.0  # for a node to answer, of whose ranks nothing was heard
+LAST_RANKS_SECONDS = 60.0  # for the other ranks once one has ended: srun may wait for a dead node much longer
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """This start of the job."""
+
+    job_id: str
+    restart: int
+    nodes: tuple[str, ...]
+
+    @classmethod
+    def from_environment(cls) -> "Allocation":
+        """Raises ConfigError outside of a job."""
+        job_id = os.environ.get("SLURM_JOB_ID")
+        if job_id is None:
+            raise ConfigError("this is no SLURM job.", at="SLURM_JOB_ID", do="submit it with launch/slurm.py.")
+        nodes = controller.host_names(os.environ["SLURM_JOB_NODELIST"])
+        return cls(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")), tuple(nodes))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start of the job ended. then: finished, failed, stopped, or again, which asks to be requeued."""
+
+    cause: str
+    then: str
+    code: int
+
+
+class Driver:
+    """One start of a job, from its first line to its last."""
+
+    def __init__(self, spec: JobSpec, allocation: Allocation) -> None:
+        self._spec = spec
+        self._here = allocation
+        self._folder = spec.run_dir / FOLDER
+        self._told = False  # SLURM has sent SIGTERM: this job is being cancelled, requeued or preempted
+
+    def run(self) -> int:
+        """The exit code of the job."""
+        signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the ranks
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if find_job(self._spec.run_dir) is None:  # the script was submitted by hand
+            write_job(self._spec, self._here.job_id, time.time())
+        self._explain_last_end()
+        self._note("started", nodes=list(self._here.nodes))
+        outcome = self._too_often() or self._preflight() or self._train()
+        return self._end(outcome)
+
+    def _on_term(self, number: int, frame: FrameType | None) -> None:
+        self._told = True
+
+    def _explain_last_end(self) -> None:
+        """The start before this one may have been ended with its node, before it could say so."""
+        turns = [row for row in self._own_events() if row["event"] in ("started", "ended")]
+        if not self._here.restart or not turns or turns[-1]["event"] != "started":
+            return
+        nodes = [str(node) for node in turns[-1].get("nodes") or []]
+        ill = controller.ill_nodes(nodes)
+        names = "; ".join(f"node {node} is {state}" for node, state in ill.items())
+        cause = names or "SLURM requeued it: preempted, requeued by hand, or a node that is well again"
+        self._note("ended", cause=cause, then="requeued", step=newest_checkpoint(self._spec.run_dir))
+        tell(f"restart {self._here.restart} of job {self._here.job_id}, since {cause}")
+
+    def _own_events(self) -> list[dict]:
+        job = find_job(self._spec.run_dir)
+        since = job.submitted if job and job.submitted else 0.0
+        return [row for row in events_of(self._folder) if float(row.get("time") or 0) >= since]
+
+    def _too_often(self) -> Outcome | None:
+        if self._here.restart <= self._spec.max_restarts:
+            return None
+        return Outcome(f"it was started {self._here.restart} times again (cluster.max_restarts)", "failed", 1)
+
+    def _preflight(self) -> Outcome | None:
+        """None when all nodes are fit."""
+        if not self._spec.preflight:
+            return None
+        out = self._folder / "preflight"
+        nonce = preflight.begin(out)
+        command = steps.on_each_node(self._spec, preflight.command(out, self._spec.run_dir, nonce))
+        said = _said(command, PREFLIGHT_SECONDS)
+        if self._told:
+            return Outcome("it was told to end before its ranks had started", "stopped", EXIT_STOPPED)
+        sick = preflight.verdict(out, self._here.nodes, gpus=self._spec.gpus_per_node, said=said)
+        for one in sick:
+            self._note("sick", node=one.node, reason=one.reason)
+            tell(f"node {one.node}: {one.reason}" if one.node else one.reason)
+        if not sick:
+            return None
+        if all(one.node for one in sick):
+            names = ", ".join(one.node for one in sick)
+            return Outcome(f"not fit: {names} ({sick[0].reason})", "again", 1)
+        return Outcome(f"{sick[0].reason} {sick[0].do}", "failed", EXIT_MISTAKE)
+
+    def _train(self) -> Outcome:
+        run_dir, restart = self._spec.run_dir, self._here.restart
+        (self._folder / "logs" / str(restart)).mkdir(parents=True, exist_ok=True)
+        ends, sick = self._folder / "ends" / str(restart), self._folder / f"sick-{restart}.jsonl"
+        ends.mkdir(parents=True, exist_ok=True)
+        for old in (*ends.iterdir(), *([sick] if sick.exists() else [])):
+            old.unlink()
+        goes_on = ["resume.source=auto"] if newest_checkpoint(run_dir) else []
+        command = steps.training(self._spec, restart, [*self._spec.overrides, *goes_on])
+        ours = {ENDS: str(ends), RESTART: str(restart), SICK_NODES: str(sick), "PYTHONUNBUFFERED": "1"}
+        ended = self._wait(subprocess.Popen(command, env=os.environ | ours, stdin=subprocess.DEVNULL), ends)
+        return self._judge(ended, sick)
+
+    def _wait(self, srun: subprocess.Popen[bytes], ends: Path) -> Ended:
+        """Until srun has ended, or waits for nothing but nodes that are gone."""
+        first_end, noted = None, False
+        while srun.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if self._told and not noted:
+                noted = True
+                self._note_told()
+            said = _ends(ends)
+            if first_end is None and any(one != RUNNING for one in said.values()):
+                first_end = time.monotonic()
+            failed = any(one != RUNNING and one.split()[:1] != ["0"] for one in said.values())
+            if failed and first_end is not None and time.monotonic() - first_end > LAST_RANKS_SECONDS:
+                srun.kill()
+        return Ended(srun.wait(), _ends(ends))
+
+    def _note_told(self) -> None:
+        """At once: this process may be killed before the ranks have ended."""
+        facts = self._facts()
+        step = newest_checkpoint(self._spec.run_dir)
+        if facts and facts.restarts > self._here.restart:
+            self._note("ended", cause="requeued by hand or preempted", then="requeued", step=step)
+        elif not self._time_is_over(facts):
+            self._note("ended", cause="cancelled", then="stopped", step=step)
+
+    def _facts(self) -> JobFacts | None:
+        try:
+            return job_facts(self._here.job_id)
+        except TunesmithError:  # the controller is away
+            return None
+
+    def _time_is_over(self, facts: JobFacts | None) -> bool:
+        return facts is not None and facts.end_time is not None and time.time() >= facts.end_time - 1.0
+
+    def _judge(self, ended: Ended, sick: Path) -> Outcome:
+        if ended.finished or (ended.code == 0 and is_finished(self._spec.run_dir)):
+            return Outcome("the run has finished", "finished", 0)
+        if ended.mistake and not sick.exists():
+            return Outcome(_mistake(ended), "failed", EXIT_MISTAKE)
+        if self._told and not self._time_is_over(self._facts()):
+            return Outcome("it was told to end", "stopped", EXIT_STOPPED)
+        if (self._folder / "stop").exists():
+            return Outcome("it was cancelled; its ranks have saved", "stopped", EXIT_STOPPED)
+        if ended.was_stopped:
+            reasons = sorted({said.split()[1] for said in ended.ranks.values() if len(said.split()) > 1} - {"another"})
+            return Outcome(f"its ranks have saved and stopped ({', '.join(reasons) or 'asked to'})", "again", 75)
+        lost = self._lost_nodes(ended) | _named(sick)
+        for node, reason in lost.items():
+            self._note("sick", node=node, reason=reason)
+        names = "".join(f"; node {node}: {reason}" for node, reason in lost.items())
+        return Outcome(f"{_cause(self._spec.run_dir) or ended.how}{names}", "again", ended.code or 1)
+
+    def _lost_nodes(self, ended: Ended) -> dict[str, str]:
+        """Of the nodes whose ranks said nothing to the end: those that do not answer."""
+        per_node = self._spec.ranks_per_node
+        silent = [rank for rank in range(self._spec.world_size) if ended.ranks.get(rank, RUNNING) == RUNNING]
+        nodes = sorted({self._here.nodes[rank // per_node] for rank in silent} - {self._here.nodes[0]})
+        lost = controller.ill_nodes(nodes)
+        for node in [node for node in nodes if node not in lost]:
+            if _said(steps.on_node(node, ["echo", "here"]), PROBE_SECONDS).strip() != "here":
+                lost[node] = f"no answer within {PROBE_SECONDS:g} s"
+        return lost
+
+    def _end(self, outcome: Outcome) -> int:
+        step = newest_checkpoint(self._spec.run_dir)
+        if self._told and outcome.then == "stopped":
+            return outcome.code  # it is noted already, or SLURM starts it again
+        if outcome.then == "again":
+            outcome = self._again(outcome, step)
+        else:
+            self._note("ended", cause=outcome.cause, then=outcome.then, step=step)
+            tell(f"{outcome.then}: {outcome.cause}")
+        return outcome.code
+
+    def _again(self, outcome: Outcome, step: int) -> Outcome:
+        """Back into the queue, unless there is a newer start already, or enough of it."""
+        facts = self._facts()
+        if facts and facts.restarts > self._here.restart:  # this node was cut off; the others went on without it
+            tell(f"{outcome.cause}; job {self._here.job_id} was started again meanwhile, so this start just ends")
+            return outcome
+        in_vain = restarts_without_progress(
+            [*self._own_events(), {"event": "ended", "time": time.time(), "step": step}], 0
+        )
+        why_not = ""
+        if self._here.restart >= self._spec.max_restarts:
+            why_not = f"restart {self._here.restart} was the last (cluster.max_restarts={self._spec.max_restarts})"
+        elif in_vain >= self._spec.no_progress:
+            why_not = f"{in_vain} starts in a row made no newer checkpoint (cluster.no_progress)"
+        if why_not:
+            return self._give_up(f"{outcome.cause}; {why_not}", outcome.code or 1, step)
+        self._note("ended", cause=outcome.cause, then="requeued", step=step)
+        tell(f"back into the queue at step {step}: {outcome.cause}")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's answer; what is asked of it next must not hear it
+        away = sorted({*self._spec.exclude, *sick_nodes(self._folder)})
+        if problem := controller.requeue(self._here.job_id, away):
+            return self._give_up(f"{outcome.cause}; SLURM does not requeue it: {problem}", outcome.code or 1, step)
+        return outcome
+
+    def _give_up(self, cause: str, code: int, step: int) -> Outcome:
+        self._note("ended", cause=cause, then="failed", step=step)
+        tell(f"failed: {cause}")
+        return Outcome(cause, "failed", code)
+
+    def _note(self, event: str, **values: object) -> None:
+        clean = {name: redact_text(value) if isinstance(value, str) else value for name, value in values.items()}
+        append(self._folder, self._here.restart, event, **clean)
+
+
+def _said(command: list[str], seconds: float) -> str:
+    """What a short step prints; its errors go to the job's log."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace", timeout=seconds
+        )
+    except subprocess.TimeoutExpired as late:
+        return (late.stdout or b"").decode(errors="replace") if isinstance(late.stdout, bytes) else ""
+    return done.stdout
+
+
+def _ends(folder: Path) -> dict[int, str]:
+    """What each rank has left there (train/stop.py): rank -> "75 SIGTERM", "1 <cause>", "0", or RUNNING."""
+    found = {}
+    for path in folder.glob("rank-*"):
+        number = path.name.removeprefix("rank-")
+        if number.isdecimal():
+            found[int(number)] = path.read_text(encoding="utf-8", errors="replace") or RUNNING
+    return found
+
+
+def _mistake(ended: Ended) -> str:
+    said = [one for _, one in sorted(ended.ranks.items()) if one.split()[:1] == [str(EXIT_MISTAKE)]]
+    words = said[0].partition(" ")[2] if said else ""
+    return words or "the run cannot be run as given: see the log of rank 0"
+
+
+def _cause(run_dir: Path) -> str:
+    """Of a run that failed; empty where it left none."""
+    try:
+        tree = json.loads((run_dir / "failure.json").read_text(encoding="utf-8"))
+        return " ".join(str(tree["cause"]).split())
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _named(sick: Path) -> dict[str, str]:
+    """Nodes that the run itself found to be sick (train/node_checks.py)."""
+    found = {}
+    for line in sick.read_text(encoding="utf-8").splitlines() if sick.exists() else []:
+        row = json.loads(line)
+        found[str(row["node"])] = str(row["reason"])
+    return found
+
+
+def tell(text: str) -> None:
+    sys.stdout.write(f"job: {redact_text(text)}\n")
+    sys.stdout.flush()
+
+
+def job(arguments: list[str]) -> None:
+    end(Driver(JobSpec.parse(arguments), Allocation.from_environment()).run())
+
+
+if __name__ == "__main__":
+    main(job)

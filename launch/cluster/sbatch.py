@@ -1,0 +1,89 @@
+"""The script of a job: what SLURM is asked for, and one command, with everything a shell could read quoted."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from tunesmith.launch.cluster.job_spec import JobSpec
+from tunesmith.train.config import ClusterConfig
+from tunesmith.train.errors import ConfigError
+from tunesmith.train.redact import names_a_secret
+
+PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,=\[\]()&|*-]+")  # what sbatch reads as it is, without quotes
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+MAX_LINE = 900  # characters of a directive; sbatch reads lines of 1024
+
+
+def render(spec: JobSpec, cluster: ClusterConfig, name: str) -> str:
+    """The text of the script. Raises ConfigError for a name or folder that no directive of sbatch can hold."""
+    lines = ["#!/bin/bash -l" if cluster.modules else "#!/bin/bash"]
+    lines += [f"# One run of Tunesmith; `launch/slurm.py status|logs|cancel {_comment(spec.run_dir)}` looks after it."]
+    lines += [f"# By hand: mkdir -p {_comment(spec.run_dir / 'job')} && sbatch <this script>"]
+    lines += [f"#SBATCH {option}" for option in directives(spec, cluster, name)]
+    lines += ["set -euo pipefail", *(f"module load {shlex.quote(module)}" for module in cluster.modules)]
+    lines += [f"export {name}={quoted(value)}" for name, value in _assigned(cluster)]
+    lines += [_command([sys.executable, "-P", "-m", "tunesmith.launch.cluster.job", *spec.arguments()])]
+    return "\n".join(lines) + "\n"
+
+
+def directives(spec: JobSpec, cluster: ClusterConfig, name: str) -> list[str]:
+    """The options of sbatch, one each."""
+    log = str(spec.run_dir / "job" / "job-").replace("%", "%%") + "%j.log"
+    options: dict[str, str | int | None] = {
+        "job-name": name,
+        "output": log,
+        "nodes": spec.nodes,
+        "ntasks-per-node": spec.ranks_per_node,
+        "gpus-per-node": spec.gpus_per_node,
+        "cpus-per-task": spec.cpus_per_task,
+        "mem": cluster.memory,
+        "time": cluster.time,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "reservation": cluster.reservation,
+        "exclude": ",".join(spec.exclude) or None,
+        "signal": f"USR1@{cluster.signal_seconds}",  # to the ranks, which save
+        "open-mode": "append",
+    }
+    listed = [f"--{option}={_value(option, value)}" for option, value in options.items() if value is not None]
+    return [*listed, "--requeue", *cluster.sbatch]
+
+
+def _value(option: str, value: str | int) -> str:
+    text = str(value)
+    if PLAIN.fullmatch(text):
+        return text
+    key = {"job-name": "name", "output": "output_dir"}.get(option, f"cluster.{option}")
+    if CONTROL.search(text) or '"' in text or "\\" in text or "'" in text or len(text) > MAX_LINE:
+        raise ConfigError(
+            f"{text!r} cannot stand in a script of sbatch.",
+            key=key,
+            do="leave out quotes, backslashes and control characters.",
+        )
+    return f'"{text}"'
+
+
+def _assigned(cluster: ClusterConfig) -> list[tuple[str, str]]:
+    """NAME=value of cluster.env; secrets reach the job through the environment of sbatch alone."""
+    pairs = [item.partition("=") for item in cluster.env if "=" in item]
+    return [(name, value) for name, _, value in pairs if not names_a_secret(name)]
+
+
+def _command(arguments: list[str]) -> str:
+    return "exec " + " \\\n    ".join(quoted(argument) for argument in arguments)
+
+
+def quoted(text: str) -> str:
+    """One word for bash, whatever is in it: control characters as escapes, so that no line of the script is broken."""
+    if not CONTROL.search(text):
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", escaped) + "'"
+
+
+def _comment(path: Path) -> str:
+    """A path in a comment, which no line break can end."""
+    return CONTROL.sub("?", shlex.quote(str(path)))

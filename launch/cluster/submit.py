@@ -1,0 +1,222 @@
+"""From a command line to a job in SLURM's queue: composed, checked, rendered, submitted. Nothing stays when refused."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.launch.cluster.job_folder import FOLDER, find_job
+from tunesmith.launch.cluster.job_spec import JobSpec
+from tunesmith.launch.cluster.queue import job_facts
+from tunesmith.launch.cluster.sbatch import render
+from tunesmith.launch.environment import chosen
+from tunesmith.train import durable, engine_config, run_folder
+from tunesmith.train.compose import Composed, compose_config
+from tunesmith.train.config import ClusterKind
+from tunesmith.train.errors import ConfigError
+
+SUBMIT_SECONDS = 60.0  # for sbatch to answer
+# A user's own defaults for sbatch, and where SLURM is; nothing of a job that this may run in.
+OF_SLURM = re.compile(r"SBATCH_\w+|SLURM_(CONF|CLUSTERS|TIME_FORMAT)")
+REMEDIES = {
+    "invalid partition": ("cluster.partition", "`sinfo -s` lists the partitions."),
+    "account or account/partition": ("cluster.account", "`sacctmgr show assoc user=$USER` lists your accounts."),
+    "invalid account": ("cluster.account", "`sacctmgr show assoc user=$USER` lists your accounts."),
+    "invalid qos": ("cluster.qos", "`sacctmgr show qos` lists them."),
+    "invalid feature": ("cluster.constraint", "`sinfo -o '%P %f'` lists the features of the nodes."),
+    "time limit": ("cluster.time", "`sinfo -s` lists the time limits of the partitions."),
+    "node configuration": ("cluster.nodes", "`sinfo -o '%P %D %c %m %G'` lists nodes, CPUs, memory and GPUs."),
+    "node count": ("cluster.nodes", "`sinfo -s` lists the nodes of each partition."),
+    "reservation": ("cluster.reservation", "`scontrol show reservation` lists them."),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job as it would be submitted."""
+
+    spec: JobSpec
+    script: str
+    env: dict[str, str]  # of sbatch, and so of the job
+    composed: Composed
+
+
+def make_plan(
+    overrides: Sequence[str], config_dir: Path | None, env: Mapping[str, str], run_dir: Path | None = None
+) -> Plan:
+    """The job of a command line. run_dir: instead of what output_dir says. Raises ConfigError; touches nothing."""
+    given = list(overrides)
+    if not any(re.match(r"\+{0,2}cluster=", override) for override in given):
+        given.insert(0, "cluster=slurm")
+    own = config_dir.expanduser().absolute() if config_dir else None
+    composed = compose_config(given, own)
+    config = composed.config
+    cluster = config.cluster
+    with composed.errors_located():
+        if cluster.kind is not ClusterKind.slurm:
+            raise ConfigError(
+                f"launch/slurm.py submits runs with cluster=slurm, not {cluster.kind}.",
+                key="cluster.kind",
+                do="leave cluster=... out, or start the run with launch/train.py or launch/hosts.py.",
+            )
+        engine_config.check(config, cluster.nodes * cluster.ranks_per_node)
+        folder = run_dir or run_folder.choose(config)
+        run_folder.check_usable(folder, config.resume.source)
+        spec = JobSpec(
+            run_dir=folder,
+            overrides=[item for item in given if not re.match(r"\+{0,2}output_dir=", item)],
+            config_dir=own,
+            nodes=cluster.nodes,
+            ranks_per_node=cluster.ranks_per_node,
+            gpus_per_node=cluster.gpus_per_node,
+            cpus_per_task=cluster.cpus_per_task,
+            cpu_bind=cluster.cpu_bind,
+            exclude=(*cluster.exclude, *_sick(folder)),
+            preflight=cluster.preflight,
+            max_restarts=cluster.max_restarts,
+            no_progress=cluster.no_progress,
+            container=cluster.container,
+            container_runtime=cluster.container_runtime.value,
+            container_mounts=tuple(cluster.container_mounts),
+            container_python=cluster.container_python,
+        )
+        script = render(spec, cluster, config.name)
+    kept = {name: value for name, value in env.items() if OF_SLURM.fullmatch(name)}
+    return Plan(spec, script, kept | chosen(cluster.env, env), composed)
+
+
+def submit(overrides: Sequence[str], run_dir: Path | None = None, config_dir: Path | None = None) -> str:
+    """Submits a run and returns the id of its job. Raises ConfigError when it is refused, and leaves nothing then."""
+    return submit_plan(make_plan(overrides, config_dir, os.environ, run_dir))
+
+
+def submit_plan(plan: Plan) -> str:
+    """As submit(), of a plan."""
+    folder = plan.spec.run_dir / FOLDER
+    _check_free(plan.spec.run_dir)
+    above = _first_missing(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        script = folder / "script.sh"
+        durable.write_bytes(script, plan.script.encode(errors="surrogateescape"))
+        _sbatch(["--test-only", str(script)], plan.env)
+        _make_room(folder)
+        submitted = time.time()
+        job_id = _sbatch(["--parsable", str(script)], plan.env).partition(";")[0]
+    except OSError as error:
+        _remove(above)
+        raise ConfigError(
+            f"the run folder cannot be written: {error.strerror}.", at=str(folder), do="choose another output_dir."
+        ) from None
+    except ConfigError:
+        _remove(above)
+        raise
+    write_job(plan.spec, job_id, submitted)
+    return job_id
+
+
+def ask(plan: Plan) -> str:
+    """Whether SLURM would take the script, in its words; where there is no SLURM, that. Raises ConfigError for a no."""
+    if shutil.which("sbatch") is None:
+        return "# not asked: there is no SLURM on this machine"
+    with tempfile.TemporaryDirectory(prefix="tunesmith-script-") as folder:
+        script = Path(folder, "script.sh")
+        script.write_bytes(plan.script.encode(errors="surrogateescape"))
+        return f"# {_sbatch(['--test-only', str(script)], plan.env)}"
+
+
+def write_job(spec: JobSpec, job_id: str, submitted: float) -> None:
+    """job.json, by which status, logs and cancel find the job. Raises OSError."""
+    tree = {
+        "job_id": job_id,
+        "submitted": submitted,
+        "command": spec.overrides,
+        "nodes": spec.nodes,
+        "ranks_per_node": spec.ranks_per_node,
+        "max_restarts": spec.max_restarts,
+        "log": str(spec.run_dir / FOLDER / f"job-{job_id}.log"),
+    }
+    durable.write_json(spec.run_dir / FOLDER / "job.json", tree)
+
+
+def _check_free(run_dir: Path) -> None:
+    """Raises ConfigError while a job of this run is in the queue: two would write into one folder."""
+    job = find_job(run_dir)
+    facts = job_facts(job.job_id) if job else None
+    if job and facts and not facts.is_over:
+        raise ConfigError(
+            f"job {job.job_id} of this run is {facts.state} already.",
+            at=str(run_dir),
+            do="wait for it, cancel it with `python launch/slurm.py cancel <run>`, or choose another output_dir.",
+        )
+
+
+def _make_room(folder: Path) -> None:
+    """What an earlier job of this run has left there would be taken for this one's."""
+    (folder / "stop").unlink(missing_ok=True)
+    logs = folder / "logs"
+    if logs.is_dir():
+        number = 1
+        while (kept := folder / f"logs-before-{number}").exists():
+            number += 1
+        logs.rename(kept)
+
+
+def _sick(run_dir: Path) -> list[str]:
+    from tunesmith.launch.cluster.events import sick_nodes
+
+    return sorted(sick_nodes(run_dir / FOLDER))
+
+
+def _first_missing(folder: Path) -> Path | None:
+    """The topmost folder that making this one makes."""
+    missing = None
+    while not folder.exists():
+        missing, folder = folder, folder.parent
+    return missing
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sbatch(arguments: Sequence[str], env: Mapping[str, str]) -> str:
+    """What sbatch prints. Raises ConfigError with what it says, in one line."""
+    try:
+        done = subprocess.run(
+            ["sbatch", *arguments],
+            env={**env, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SUBMIT_SECONDS,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise ConfigError(
+            "there is no program 'sbatch' on this machine.",
+            at="PATH",
+            do="run this on a login node of the cluster; --dry-run prints the script anywhere.",
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"sbatch did not answer in {SUBMIT_SECONDS:g} s.", at="sbatch", do="`scontrol ping` says what is wrong."
+        ) from None
+    if done.returncode:
+        raise _refused(done.stderr)
+    return done.stdout.strip() or " ".join(done.stderr.split())  # what --test-only says, it says on stderr
+
+
+def _refused(said: str) -> ConfigError:
+    lines = [re.sub(r"^(sbatch: )?(error: )?", "", line).strip() for line in said.splitlines()]
+    words = " ".join(dict.fromkeys(line for line in lines if line)) or "no reason given"
+    known = (pair for text, pair in REMEDIES.items() if text in words.lower())
+    key, do = next(known, ("sbatch", "correct cluster.*; --dry-run prints the script."))
+    return ConfigError(f"SLURM refuses the job: {words[:300].rstrip('.')}.", at=key, do=do)
