@@ -12,6 +12,7 @@ from tunesmith.train.report_data import nice_ticks, tick_labels, words
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 32
 LOG_RATIO = 30.0  # values that differ more are drawn in the logarithm
+SPREAD = 2.5  # times the distance from the best to the third quartile: what is worse is drawn at the edge
 Points = Sequence[tuple[float, float]]
 
 
@@ -27,6 +28,15 @@ class Axis:
     def share(self, value: float) -> float:
         low, high, at = (math.log10(x) if self.is_log else x for x in (self.low, self.high, value))
         return min(1.0, max(0.0, (at - low) / (high - low))) if high > low else 0.5
+
+
+def worth_showing(values: Sequence[float], direction: str) -> list[float]:
+    """The values without the few that are so bad that all others would lie on one line; those are drawn at the edge."""
+    ordered = sorted(values, reverse=direction == "maximize")
+    best, quartile = ordered[0], ordered[math.ceil(0.75 * len(ordered)) - 1]
+    limit = best + SPREAD * (quartile - best)
+    kept = [value for value in values if (value <= limit if direction == "minimize" else value >= limit)]
+    return kept if quartile != best else list(values)
 
 
 def axis(values: Sequence[float], *, is_log: bool | None = None, most: int = 5) -> Axis:
@@ -97,7 +107,8 @@ def history(result: Result) -> str:
     best = [done[0][1]]
     for _, value in done[1:]:
         best.append(better(best[-1], value))
-    frame = Frame(_counting([row.number for row in result.rows]), axis([value for _, value in done]), "trial")
+    shown = worth_showing([value for _, value in done], result.directions[0])
+    frame = Frame(_counting([row.number for row in result.rows]), axis(shown), "trial")
     steps: list[tuple[float, float]] = []
     for (row, _), value in zip(done, best, strict=True):
         steps += ([(row.number, steps[-1][1])] if steps else []) + [(row.number, value)]
@@ -113,7 +124,7 @@ def history(result: Result) -> str:
         if row.status in ("failed", "pruned")
     )
     body = frame.axes() + frame.line(steps, "l1 faint") + dots + others
-    return _figure(f"{_metric(metric)} of each trial", body, "line: the best so far;  × failed;  – stopped early")
+    return _figure(f"{_metric(metric)} of each trial", body, "line: best so far;  × failed;  – stopped early")
 
 
 def curves(result: Result) -> str:
@@ -123,7 +134,7 @@ def curves(result: Result) -> str:
         return ""
     values = [value for row in drawn for _, value in row.curve]
     last = max(step for row in drawn for step, _ in row.curve)
-    frame = Frame(axis([0.0, float(last)], is_log=False), axis(values), "steps")
+    frame = Frame(axis([0.0, float(last)], is_log=False), axis(worth_showing(values, "minimize")), "steps")
     body = frame.axes()
     for row in sorted(drawn, key=lambda row: row.number in result.best):
         kind = "l1" if row.number in result.best else "l0 thin" if row.status == "finished" else "ls thin"
@@ -143,9 +154,10 @@ def parallel(result: Result) -> str:
     if len(rows) < 2 or not keys:
         return ""
     columns = [_column(result, rows, key) for key in keys]
-    columns += [_metric_column(rows, index, name) for index, name in enumerate(result.metrics)]
-    width, height = max(WIDTH, 190 * len(columns)), 300
-    left, right, top, bottom = 40, 80, 34, 20
+    ways = enumerate(zip(result.metrics, result.directions, strict=True))
+    columns += [_metric_column(rows, index, name, way) for index, (name, way) in ways]
+    width, height = max(1000, 180 * len(columns)), 300
+    left, right, top, bottom = 20, 90, 34, 20
     xs = [left + index * (width - left - right) / (len(columns) - 1) for index in range(len(columns))]
 
     def y(share: float) -> float:
@@ -200,7 +212,8 @@ def _slice(result: Result, rows: list[Row], key: str) -> str:
     column = _column(result, rows, key)
     metric = [row.values[0] for row in rows if row.values]
     ticks = [(share, label) for share, label in column.labels]
-    frame = Frame(Axis(-0.04, 1.04, False, ticks), axis(metric), key.lstrip("+"))
+    shown = axis(worth_showing(metric, result.directions[0]))
+    frame = Frame(Axis(-0.04, 1.04, False, ticks), shown, key.lstrip("+"))
     dots = "".join(
         frame.dot(
             column.shares[row.number],
@@ -221,7 +234,9 @@ def pareto(result: Result) -> str:
         return ""
     pairs = {row.number: (row.values[0], row.values[1]) for row in rows if row.values}
     frame = Frame(
-        axis([x for x, _ in pairs.values()]), axis([y for _, y in pairs.values()]), _metric(result.metrics[0])
+        axis(worth_showing([x for x, _ in pairs.values()], result.directions[0])),
+        axis(worth_showing([y for _, y in pairs.values()], result.directions[1])),
+        _metric(result.metrics[0]),
     )
     front = sorted(pairs[number] for number in result.best if number in pairs)
     line = frame.line(front, "l1 faint") if len(front) > 1 else ""
@@ -259,9 +274,9 @@ def _column(result: Result, rows: list[Row], key: str) -> Column:
     )
 
 
-def _metric_column(rows: list[Row], index: int, name: str) -> Column:
+def _metric_column(rows: list[Row], index: int, name: str, direction: str) -> Column:
     values = {row.number: row.values[index] for row in rows if row.values}
-    scale = axis(list(values.values()))
+    scale = axis(worth_showing(list(values.values()), direction))
     labels = [(scale.share(value), label) for value, label in scale.ticks]
     return Column(_metric(name), {number: scale.share(value) for number, value in values.items()}, labels)
 
