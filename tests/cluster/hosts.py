@@ -133,13 +133,19 @@ class Hosts:
     def processes(self, name: str, word: str) -> list[str]:
         """The command lines of a host's processes that contain a word."""
         listed = subprocess.run(
-            [*self.entered(name, Path("/")), "ps", "-eo", "pid,args"],
+            [*self.entered(name, Path("/")), "ps", "-ww", "-eo", "pid,args"],
             capture_output=True,
             text=True,
             timeout=20,
             check=True,
         )
         return [line for line in listed.stdout.splitlines() if word in line]
+
+    def signal(self, name: str, word: str, number: str) -> None:
+        """Sends a signal to a host's processes whose command line contains a word; at least one must be there."""
+        pids = [line.split()[0] for line in self.processes(name, word)]
+        assert pids, f"no process of {name} has {word} in its command line"
+        subprocess.run([*self.entered(name, Path("/")), "kill", f"-{number}", *pids], timeout=20, check=True)
 
     def link(self, name: str, state: str) -> None:
         """Pulls out a host's network cable (down) or plugs it in again (up)."""
