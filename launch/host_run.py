@@ -18,6 +18,7 @@ from typing import IO
 
 from tunesmith.launch import preflight, start_file
 from tunesmith.launch.hostfile import Host
+from tunesmith.train.config import Device
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.node_facts import NodeFacts, judge
 from tunesmith.train.stop import SIGNALS
@@ -32,12 +33,17 @@ POLL_SECONDS = 0.2
 ENDED = re.compile(rb"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 
 
-def look_at_hosts(hosts: Sequence[Host], hostfile: Path, run_dir: Path, folder: Path, gpus: int | None) -> None:
-    """The pre-flight of launch/preflight.py on each host. Raises TrainingError that names the one that is not fit."""
+def look_at_hosts(hosts: Sequence[Host], hostfile: Path, run_dir: Path, folder: Path, device: Device) -> None:
+    """The pre-flight of launch/preflight.py on each host. Raises TrainingError that names the one that is not fit.
+
+    Where one host has an NVIDIA driver, all are to have as many GPUs as the hostfile's least slots, unless device=cpu.
+    """
     nonce = preflight.begin(folder / "preflight")
     command = preflight.command(folder / "preflight", run_dir, nonce)
     with ThreadPoolExecutor(SSH_AT_ONCE) as pool:
         facts = list(pool.map(lambda host: _look_at(host, hostfile, command), hosts))
+    wants_gpus = device is Device.cuda or (device is Device.auto and any(item.gpus for item in facts))
+    gpus = min(host.slots for host in hosts) if wants_gpus else None
     if sick := judge(facts, gpus=gpus, run_dir=str(run_dir)):
         raise TrainingError(" ".join(map(str, sick[:3])), at=str(hostfile), do=sick[0].do)
 

@@ -27,7 +27,7 @@ from tunesmith.launch.arguments import main, take_option
 from tunesmith.launch.environment import chosen, without_secrets
 from tunesmith.launch.host_run import HostRun, look_at_hosts
 from tunesmith.launch.hostfile import Host, read_hostfile
-from tunesmith.train.config import ClusterKind
+from tunesmith.train.config import ClusterKind, Device
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.stop import end
 
@@ -48,7 +48,7 @@ class Plan:
     env: dict[str, str]  # that the ranks get
     master_port: str
     preflight: bool
-    gpus: int | None
+    device: Device
 
 
 def hosts(arguments: list[str]) -> None:
@@ -68,7 +68,7 @@ def hosts(arguments: list[str]) -> None:
     path = start_file.write(plan.run_dir, plan.arguments, plan.env)
     try:
         if plan.preflight:
-            look_at_hosts(plan.hosts, plan.hostfile, plan.run_dir, path.parent, plan.gpus)
+            look_at_hosts(plan.hosts, plan.hostfile, plan.run_dir, path.parent, plan.device)
         code = HostRun(command(plan, path), environment(os.environ), plan.hosts, path).run()
     finally:
         shutil.rmtree(path.parent, ignore_errors=True)
@@ -115,7 +115,7 @@ def make_plan(arguments: list[str], env: Mapping[str, str]) -> Plan:
         variables.pop(name, None)
     kept = [override for override in overrides if not re.match(r"\+{0,2}output_dir=", override)]
     sent = [*(["--config-dir", str(own)] if own else []), *kept, f"output_dir={run_dir}"]
-    return Plan(found, hostfile, run_dir, sent, variables, port, cluster.preflight, cluster.gpus_per_node)
+    return Plan(found, hostfile, run_dir, sent, variables, port, cluster.preflight, cluster.device)
 
 
 def _not_plain(text: str, what: str) -> ConfigError:

@@ -86,7 +86,7 @@ def start(
         env["MASTER_ADDR"], env["MASTER_PORT"] = _slurm_rendezvous()
     store: dist.Store = dist.HashStore()
     if world.world_size > 1:
-        store = meet(world.rank, world.world_size, start_minutes or timeout_minutes)
+        store = meet(world.rank, world.world_size, start_minutes or timeout_minutes, backend)
     dist.init_process_group(
         backend,
         store=store,

@@ -16,15 +16,19 @@ HERE = "tunesmith/here"
 NAMED = 8  # missing ranks named one by one; of more, their number
 
 
-def meet(rank: int, world_size: int, minutes: float) -> dist.Store:
-    """The store that all ranks share, once all have come. Raises TrainingError when one does not within the minutes."""
+def meet(rank: int, world_size: int, minutes: float, backend: str) -> dist.Store:
+    """The store that all ranks share, once all have come.
+
+    Raises: TrainingError when one does not within the minutes, or has another backend: a process group of both would
+    wait for its timeout.
+    """
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     timeout = timedelta(minutes=minutes)
     try:
         store = interruptible(lambda: _open_store(rank, world_size, timeout))
     except RuntimeError as error:
         raise _no_store(error, rank, place, minutes) from None
-    store.set(f"{HERE}/{rank}", socket.gethostname())
+    store.set(f"{HERE}/{rank}", f"{backend} {socket.gethostname()}")
     everyone = [f"{HERE}/{other}" for other in range(world_size)]
     try:
         interruptible(lambda: store.wait(everyone, timeout))
@@ -34,7 +38,25 @@ def meet(rank: int, world_size: int, minutes: float) -> dist.Store:
             at=f"the meeting of the ranks at {place}",
             do="look at what those ranks print; cluster.start_timeout_minutes sets how long the others wait.",
         ) from None
+    try:
+        said = store.multi_get(everyone)
+    except RuntimeError:  # rank 0 has found it first, and says it
+        raise TrainingError(f"rank 0 ended while rank {rank} met it.", at=f"the meeting at {place}") from None
+    _check_backends([value.decode().split(" ", 1) for value in said])
     return store
+
+
+def _check_backends(ranks: list[list[str]]) -> None:
+    """Of each rank its backend and host, in the order of ranks."""
+    with_gpu = [rank for rank, (backend, _) in enumerate(ranks) if backend == "nccl"]
+    without = [rank for rank in range(len(ranks)) if rank not in set(with_gpu)]
+    if with_gpu and without:
+        raise TrainingError(
+            f"rank {without[0]} on {ranks[without[0]][1]} sees no GPU, and rank {with_gpu[0]} on "
+            f"{ranks[with_gpu[0]][1]} does.",
+            at="cluster.device",
+            do=f"look at nvidia-smi on {ranks[without[0]][1]}, or train on all CPUs with cluster.device=cpu.",
+        )
 
 
 def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:

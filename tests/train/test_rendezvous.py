@@ -27,7 +27,7 @@ def test_a_taken_port_is_one_message(port: int) -> None:
     with socket.create_server(("", port)):
         started = time.monotonic()
         with pytest.raises(TrainingError) as caught:
-            meet(0, 4, minutes=5)
+            meet(0, 4, 5, "gloo")
     assert time.monotonic() - started < 30
     assert caught.value.what == f"port {port} is taken by another program."
     assert "MASTER_PORT" in str(caught.value.do)
@@ -35,11 +35,11 @@ def test_a_taken_port_is_one_message(port: int) -> None:
 
 @pytest.mark.row(26)
 def test_ranks_that_do_not_come_are_named(port: int) -> None:
-    code = "from tunesmith.train.rendezvous import meet; import sys; meet(2, 4, minutes=0.2)"
+    code = "from tunesmith.train.rendezvous import meet; import sys; meet(2, 4, 0.2, 'gloo')"
     environment = {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True) as two:
         with pytest.raises(TrainingError) as caught:
-            meet(0, 4, minutes=0.2)
+            meet(0, 4, 0.2, "gloo")
         said = two.communicate(timeout=60)[1]
     assert re.search(
         r"TrainingError: (2 of 4 ranks did not come .*: rank 1, 3\.|rank 0 ended while rank 2 waited)", said
@@ -47,11 +47,23 @@ def test_ranks_that_do_not_come_are_named(port: int) -> None:
     assert caught.value.what == "2 of 4 ranks did not come within 0.2 minutes: rank 1, 3."
 
 
+def test_a_node_without_a_gpu_among_others_that_have_one_is_named(port: int) -> None:
+    code = "from tunesmith.train.rendezvous import meet; meet(1, 2, 0.5, 'gloo')"
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL) as one:
+        with pytest.raises(TrainingError) as caught:
+            meet(0, 2, 0.5, "nccl")
+        assert one.wait(timeout=60) == 1
+    host = socket.gethostname()
+    assert caught.value.what == f"rank 1 on {host} sees no GPU, and rank 0 on {host} does."
+    assert "cluster.device=cpu" in str(caught.value.do)
+
+
 @pytest.mark.usefixtures("port")
 def test_a_rank_0_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(TrainingError, match=r"rank 1 could not reach rank 0 within 0\.03 minutes"):
-        meet(1, 4, minutes=0.03)
+        meet(1, 4, 0.03, "gloo")
 
 
 def test_an_exception_comes_back_from_the_thread() -> None:
