@@ -98,13 +98,17 @@ def start(
 
 
 def _slurm_rendezvous() -> tuple[str, str]:
-    """First host of the job step, and a port that its job id picks out of 20000 to 29999."""
+    """First host of the job step, and a port out of 20000 to 29999 by job id, restart and step.
+
+    Another one for each start: ranks of the last one may still hold theirs on a node that was cut off.
+    """
     env = os.environ
     nodes = env["SLURM_STEP_NODELIST"]
     listed = subprocess.run(
         ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
     )
-    return listed.stdout.split()[0], str(20000 + int(env["SLURM_JOB_ID"]) % 10000)
+    start = 101 * int(env.get("SLURM_RESTART_COUNT", "0")) + 13 * int(env.get("SLURM_STEP_ID", "0"))
+    return listed.stdout.split()[0], str(20000 + (int(env["SLURM_JOB_ID"]) + start) % 10000)
 
 
 def num_collectives() -> int:

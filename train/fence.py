@@ -56,19 +56,28 @@ def token_from_environment() -> Token:
 
 def token_in(folder: Path) -> Token | None:
     """The token in a run folder; None without one, or with one that is not ours to read. Raises OSError."""
+    found = _read(folder)
+    return found[0] if found else None
+
+
+def supersedes(token: Token, folder: Path) -> bool:
+    """Whether whoever holds the folder's lock is an earlier start of the same job."""
+    found = _read(folder)
+    if found is None or found[0].launch != token.launch:
+        return False
+    there, trains = found
+    return there.restart < token.restart or (there == token and not trains)
+
+
+def _read(folder: Path) -> tuple[Token, bool] | None:
+    """The token in a folder, and whether its ranks have taken it, not only the driver of their job."""
     try:
         tree = json.loads((folder / FILE).read_bytes())
-        return Token(str(tree["launch"]), int(tree["restart"]))
+        return Token(str(tree["launch"]), int(tree["restart"])), bool(tree["trains"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def supersedes(token: Token, folder: Path) -> bool:
-    """Whether the attempt that has the folder is an earlier start of the same job."""
-    there = token_in(folder)
-    return there is not None and there.launch == token.launch and there.restart < token.restart
 
 
 class Fence:
@@ -78,11 +87,14 @@ class Fence:
         self._folder: Path | None = None
         self._token: Token | None = None
 
-    def take(self, folder: Path, token: Token) -> None:
-        """The folder is this attempt's from now on; rank 0 only. Raises OSError."""
+    def take(self, folder: Path, token: Token, *, trains: bool = True) -> None:
+        """The folder is this attempt's from now on. Raises OSError.
+
+        trains: False from the driver of a job, which comes before the ranks; else only rank 0 may call.
+        """
         self.leave()
-        if token_in(folder) != token:
-            _write(folder / FILE, json.dumps(asdict(token)).encode())
+        if _read(folder) != (token, trains):
+            _write(folder / FILE, json.dumps(asdict(token) | {"trains": trains}).encode())
         self.join(folder, token)
 
     def join(self, folder: Path, token: Token) -> None:

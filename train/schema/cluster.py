@@ -13,10 +13,11 @@ WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@+-]*(,[A-Za-z0-9_][A-Za-z0-9_.:@+-
 CONSTRAINT = re.compile(r"[A-Za-z0-9_(\[][A-Za-z0-9_.:@+&|*()\[\],-]*")
 MEMORY = re.compile(r"\d+[KMGT]?")
 TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")
-NODE_LIST = re.compile(r"[A-Za-z0-9_.-]+(\[[0-9,-]+\])?[A-Za-z0-9_.-]*")
+NODE_LIST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(\[[0-9,-]+\])?[A-Za-z0-9_.-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?|[A-Za-z_][A-Za-z0-9_]*=[^\x00-\x1f\x7f]*")
 MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/=-]*")
 SBATCH_OPTION = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9_.:@+&|*()\[\],/=-]+)?")
+MAX_WORD = 500  # characters
 MIN_SIGNAL_SECONDS, MAX_SIGNAL_SECONDS = 60, 65535  # SLURM looks every 30 s, and holds the number in 16 bits
 
 
@@ -152,11 +153,12 @@ class ClusterConfig(JobConfig, NodesConfig, WatchConfig):
 
 
 def _check_shape(name: str, value: str | None, shape: re.Pattern[str], do: str) -> None:
-    if value is not None and not shape.fullmatch(value):
+    if value is not None and not (shape.fullmatch(value) and len(value) <= MAX_WORD):
         raise ConfigError(f"{name}={value!r} is nothing that SLURM takes.", key=f"cluster.{name}", do=do)
 
 
 def _check_each(name: str, values: list[str], shape: re.Pattern[str], what: str, do: str) -> None:
     for value in values:
-        if not isinstance(value, str) or not shape.fullmatch(value):
+        is_long = isinstance(value, str) and len(value.partition("=")[0]) > MAX_WORD
+        if not isinstance(value, str) or is_long or not shape.fullmatch(value):
             raise ConfigError(f"{value!r} in {name} is not {what}.", key=f"cluster.{name}", do=do)
