@@ -29,6 +29,7 @@ from tunesmith.launch.cluster.submit import write_job
 from tunesmith.launch.supervise import newest_checkpoint
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError, TunesmithError
 from tunesmith.train.fault_plan import RESTART
+from tunesmith.train.fence import Superseded, fence, token_from_environment
 from tunesmith.train.redact import redact_text
 from tunesmith.train.run_folder import is_finished
 from tunesmith.train.stop import ENDS, RUNNING, end
@@ -37,6 +38,8 @@ SICK_NODES = "TUNESMITH_SICK_NODES"  # environment: the file in which a run name
 PREFLIGHT_SECONDS = 120.0
 PROBE_SECONDS = 20.0  # for a node to answer, of whose ranks nothing was heard
 LAST_RANKS_SECONDS = 60.0  # for the other ranks once one has ended: srun may wait for a dead node much longer
+CONTROLLER_SECONDS = 3600.0  # for SLURM's controller to answer, before the job gives up
+RETRY_SECONDS = 5.0
 POLL_SECONDS = 0.1
 
 
@@ -81,6 +84,7 @@ class Driver:
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the ranks
         self._folder.mkdir(parents=True, exist_ok=True)
+        fence.take(self._spec.run_dir, token_from_environment(), trains=False)
         if find_job(self._spec.run_dir) is None:  # the script was submitted by hand
             write_job(self._spec, self._here.job_id, time.time())
         self._explain_last_end()
@@ -178,6 +182,22 @@ class Driver:
         except TunesmithError:  # the controller is away
             return None
 
+    def _is_superseded(self) -> bool:
+        """Whether this node was cut off, and the job has been started again on others meanwhile.
+
+        Waits for the controller: what a node that is cut off says of the job is not what becomes of it.
+        """
+        deadline = time.monotonic() + CONTROLLER_SECONDS
+        while True:
+            try:
+                fence.check()
+            except Superseded:
+                return True
+            facts = self._facts()
+            if facts is not None or time.monotonic() > deadline:
+                return facts is not None and facts.restarts > self._here.restart
+            time.sleep(RETRY_SECONDS)
+
     def _time_is_over(self, facts: JobFacts | None) -> bool:
         return facts is not None and facts.end_time is not None and time.time() >= facts.end_time - 1.0
 
@@ -223,8 +243,7 @@ class Driver:
 
     def _again(self, outcome: Outcome, step: int) -> Outcome:
         """Back into the queue, unless there is a newer start already, or enough of it."""
-        facts = self._facts()
-        if facts and facts.restarts > self._here.restart:  # this node was cut off; the others went on without it
+        if self._is_superseded():
             tell(f"{outcome.cause}; job {self._here.job_id} was started again meanwhile, so this start just ends")
             return outcome
         in_vain = restarts_without_progress(
@@ -251,6 +270,10 @@ class Driver:
         return Outcome(cause, "failed", code)
 
     def _note(self, event: str, **values: object) -> None:
+        try:
+            fence.check()
+        except Superseded:
+            return
         clean = {name: redact_text(value) if isinstance(value, str) else value for name, value in values.items()}
         append(self._folder, self._here.restart, event, **clean)
 

@@ -1,10 +1,9 @@
 """What a job is told of its run, as arguments: the script that is submitted says all of it."""
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 from tunesmith.train.errors import ConfigError
 
@@ -57,34 +56,34 @@ class JobSpec:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> "JobSpec":
-        """Raises ConfigError for what arguments() does not make."""
+        """Raises ConfigError for what arguments() does not make.
+
+        Not by argparse, which takes a value of `--` away (seen in 3.11) and completes names.
+        """
         if "--" not in arguments:
-            raise ConfigError("the overrides are missing, after --.", at="command line")
+            raise ConfigError("the overrides are missing, after --.", at="command line", do=BY_SUBMITTING)
         place = list(arguments).index("--")
-        given = vars(_parser().parse_args(list(arguments[:place])))
-        for name in ("exclude", "container_mounts"):
-            given[name] = tuple(given[name])
+        given: dict[str, Any] = {}
+        for argument in arguments[:place]:
+            option, equals, text = argument.partition("=")
+            name = option.removeprefix("--").replace("-", "_")
+            if argument == "--no-preflight":
+                given["preflight"] = False
+            elif not equals or name not in READERS:
+                raise ConfigError(f"{argument!r} is not understood.", at="command line", do=BY_SUBMITTING)
+            elif name in LISTED:
+                given[LISTED[name]] = (*given.get(LISTED[name], ()), text)
+            else:
+                given[name] = READERS[name](text)
         return cls(overrides=list(arguments[place + 1 :]), **given)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}.", at="command line", do="submit with launch/slurm.py, which writes the script.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description="The driver of a job: started by the script that launch/slurm.py submits.")
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--config-dir", type=Path)
-    for name, default in (("nodes", 1), ("ranks-per-node", 1), ("max-restarts", 100), ("no-progress", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--gpus-per-node", type=int)
-    parser.add_argument("--cpus-per-task", type=int)
-    parser.add_argument("--cpu-bind", default="cores")
-    parser.add_argument("--exclude", action="append", default=[])
-    parser.add_argument("--no-preflight", dest="preflight", action="store_false")
-    parser.add_argument("--container")
-    parser.add_argument("--container-runtime", default="apptainer")
-    parser.add_argument("--container-python", default="python3")
-    parser.add_argument("--container-mount", dest="container_mounts", action="append", default=[])
-    return parser
+BY_SUBMITTING = "submit with launch/slurm.py, which writes the script."
+NUMBERS = ("nodes", "ranks_per_node", "gpus_per_node", "cpus_per_task", "max_restarts", "no_progress")
+TEXTS = ("cpu_bind", "container", "container_runtime", "container_python", "exclude", "container_mount")
+LISTED = {"exclude": "exclude", "container_mount": "container_mounts"}  # options that may come more than once
+READERS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(NUMBERS, int),
+    **dict.fromkeys(TEXTS, str),
+    **dict.fromkeys(("run_dir", "config_dir"), Path),
+}

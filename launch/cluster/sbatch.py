@@ -20,6 +20,7 @@ def render(spec: JobSpec, cluster: ClusterConfig, name: str) -> str:
     lines = ["#!/bin/bash -l" if cluster.modules else "#!/bin/bash"]
     lines += [f"# One run of Tunesmith; `launch/slurm.py status|logs|cancel {_comment(spec.run_dir)}` looks after it."]
     lines += [f"# By hand: mkdir -p {_comment(spec.run_dir / 'job')} && sbatch <this script>"]
+    lines += ["# shellcheck disable=SC1003,SC2016  # a quote or $ in a text is meant as it stands"]
     lines += [f"#SBATCH {option}" for option in directives(spec, cluster, name)]
     lines += ["set -euo pipefail", *(f"module load {shlex.quote(module)}" for module in cluster.modules)]
     lines += [f"export {name}={quoted(value)}" for name, value in _assigned(cluster)]
@@ -54,10 +55,10 @@ def directives(spec: JobSpec, cluster: ClusterConfig, name: str) -> list[str]:
 
 def _value(option: str, value: str | int) -> str:
     text = str(value)
-    if PLAIN.fullmatch(text):
+    if PLAIN.fullmatch(text) and len(text) <= MAX_LINE:
         return text
     key = {"job-name": "name", "output": "output_dir"}.get(option, f"cluster.{option}")
-    if CONTROL.search(text) or '"' in text or "\\" in text or "'" in text or len(text) > MAX_LINE:
+    if not text.isprintable() or '"' in text or "\\" in text or "'" in text or len(text) > MAX_LINE:
         raise ConfigError(
             f"{text!r} cannot stand in a script of sbatch.",
             key=key,

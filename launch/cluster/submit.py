@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tunesmith.launch.cluster.job_folder import FOLDER, find_job
 from tunesmith.launch.cluster.job_spec import JobSpec
-from tunesmith.launch.cluster.queue import job_facts
+from tunesmith.launch.cluster.queue import JOB_ID, job_facts
 from tunesmith.launch.cluster.sbatch import render
 from tunesmith.launch.environment import chosen
 from tunesmith.train import durable, engine_config, run_folder
@@ -108,6 +108,8 @@ def submit_plan(plan: Plan) -> str:
         _make_room(folder)
         submitted = time.time()
         job_id = _sbatch(["--parsable", str(script)], plan.env).partition(";")[0]
+        if not JOB_ID.fullmatch(job_id):
+            raise ConfigError(f"sbatch gave no job id, but {job_id[:80]!r}.", at="sbatch", do="correct cluster.sbatch.")
     except OSError as error:
         _remove(above)
         raise ConfigError(
