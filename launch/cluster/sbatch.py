@@ -12,6 +12,7 @@ from tunesmith.train.redact import names_a_secret
 
 PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,=\[\]()&|*-]+")  # what sbatch reads as it is, without quotes
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+DRIVER = "tunesmith.launch.cluster.job"
 MAX_LINE = 900  # characters of a directive; sbatch reads lines of 1024
 
 
@@ -24,7 +25,7 @@ def render(spec: JobSpec, cluster: ClusterConfig, name: str) -> str:
     lines += [f"#SBATCH {option}" for option in directives(spec, cluster, name)]
     lines += ["set -euo pipefail", *(f"module load {shlex.quote(module)}" for module in cluster.modules)]
     lines += [f"export {name}={quoted(value)}" for name, value in _assigned(cluster)]
-    lines += [_command([sys.executable, "-P", "-m", "tunesmith.launch.cluster.job", *spec.arguments()])]
+    lines += [_command([sys.executable, "-P", "-m", DRIVER], spec.arguments())]
     return "\n".join(lines) + "\n"
 
 
@@ -34,6 +35,7 @@ def directives(spec: JobSpec, cluster: ClusterConfig, name: str) -> list[str]:
     options: dict[str, str | int | None] = {
         "job-name": name,
         "output": log,
+        "chdir": str(Path.cwd()),  # where relative paths of the overrides start
         "nodes": spec.nodes,
         "ntasks-per-node": spec.ranks_per_node,
         "gpus-per-node": spec.gpus_per_node,
@@ -57,7 +59,7 @@ def _value(option: str, value: str | int) -> str:
     text = str(value)
     if PLAIN.fullmatch(text) and len(text) <= MAX_LINE:
         return text
-    key = {"job-name": "name", "output": "output_dir"}.get(option, f"cluster.{option}")
+    key = {"job-name": "name", "output": "output_dir", "chdir": "the current folder"}.get(option, f"cluster.{option}")
     if not text.isprintable() or '"' in text or "\\" in text or "'" in text or len(text) > MAX_LINE:
         raise ConfigError(
             f"{text!r} cannot stand in a script of sbatch.",
@@ -73,8 +75,8 @@ def _assigned(cluster: ClusterConfig) -> list[tuple[str, str]]:
     return [(name, value) for name, _, value in pairs if not names_a_secret(name)]
 
 
-def _command(arguments: list[str]) -> str:
-    return "exec " + " \\\n    ".join(quoted(argument) for argument in arguments)
+def _command(program: list[str], arguments: list[str]) -> str:
+    return " \\\n    ".join([f"exec {' '.join(map(quoted, program))}", *map(quoted, arguments)])
 
 
 def quoted(text: str) -> str:

@@ -131,7 +131,7 @@ def test_each_script_is_quoted_for_bash(tmp_path):
     assert done.returncode == 0, done.stdout.decode(errors="replace")
     prints = f"import json, sys; json.dump(sys.argv[1:], open({str(tmp_path / 'argv')!r}, 'w'))"
     (tmp_path / "show.py").write_text(prints)
-    text = script.replace("-P \\\n    -m \\\n    tunesmith.launch.cluster.job", str(tmp_path / "show.py"))
+    text = script.replace("-P -m tunesmith.launch.cluster.job", str(tmp_path / "show.py"))
     lines = [line for line in text.splitlines(keepends=True) if not line.startswith("module load")]
     (tmp_path / "script.sh").write_bytes("".join(lines).encode(errors="surrogateescape"))
     subprocess.run(["bash", str(tmp_path / "script.sh")], cwd=tmp_path, check=True, timeout=60)
