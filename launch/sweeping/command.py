@@ -1,15 +1,11 @@
 """The command line of launch/sweep.py: checked, handed to Hydra as a multirun, and its end said in words."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import HydraContext
 from omegaconf.errors import OmegaConfBaseException
@@ -25,7 +21,6 @@ from tunesmith.launch.sweeping.sweeper import TunesmithSweeper
 from tunesmith.train.compose import SEARCH_SPACES, admit_raw_key, group_options
 from tunesmith.train.config import Config
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError
-from tunesmith.train.places import CONF_DIR
 from tunesmith.train.stop import end
 
 
@@ -56,16 +51,16 @@ def run(overrides: list[str], config_dir: Path | None) -> int:
     folders = hydra_part.folders(config_dir)
     space = hydra_part.space_file(parts.space, folders) if parts.space is not None else None
     locate = Locator(overrides, space)
-    arguments = hydra_part.hydra_arguments(parts, config_dir)
+    arguments = hydra_part.hydra_arguments(parts, space, config_dir)
     hydra_part.register()
     ConfigStore.instance().store(name="schema", node=Config)
     try:
-        with initialised() as hydra:
+        with hydra_part.initialised() as hydra:
             config = hydra_part.composed(hydra, arguments, locate)
             settings = hydra_part.settings_of(config, locate)
         make_plan(settings, parts.training, config_dir)  # its errors have places; Hydra's have not
         whole = [*arguments, *(admit_raw_key(text) for text in parts.training)]
-        with initialised() as hydra:
+        with hydra_part.initialised() as hydra:
             return finish(multirun(hydra, whole, locate))
     except ConfigError as error:
         raise located(error, locate) from None
@@ -81,14 +76,6 @@ def multirun(hydra: Any, arguments: list[str], locate: Locator) -> Any:
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
     sweeper.setup(hydra_context=context, task_function=train_trial, config=config)
     return sweeper.sweep(list(config.hydra.overrides.task))
-
-
-@contextmanager
-def initialised() -> Iterator[Any]:
-    """Hydra over conf/."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="tunesmith"):
-        yield GlobalHydra.instance().hydra
 
 
 def finish(returned: Any) -> int:

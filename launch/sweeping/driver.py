@@ -9,6 +9,7 @@ from types import FrameType
 from optuna.trial import Trial, TrialState
 
 from tunesmith.launch.supervise import newest_checkpoint
+from tunesmith.launch.sweeping.hydra_part import check_trial
 from tunesmith.launch.sweeping.outcome import Outcome, curve, outcome_of
 from tunesmith.launch.sweeping.places import Attempt, Place, is_busy
 from tunesmith.launch.sweeping.plan import Plan
@@ -16,6 +17,7 @@ from tunesmith.launch.sweeping.report import experiment_commands, write_report
 from tunesmith.launch.sweeping.result import best_trials
 from tunesmith.launch.sweeping.settings import Pruner
 from tunesmith.launch.sweeping.trials import ENDED, Trials, begin_attempt, end_attempt, seconds_of, spans_of
+from tunesmith.train.compose import compose_config
 from tunesmith.train.console import duration, figure
 from tunesmith.train.errors import TunesmithError
 from tunesmith.train.redact import redact_text
@@ -126,7 +128,7 @@ class Driver:
     def _start(self, running: Running) -> None:
         trial = running.trial
         folder = self._plan.trial_folder(trial.number)
-        if is_busy(folder):
+        if is_busy(folder) and "job_id" not in trial.user_attrs:  # a job is found in the queue again
             return  # looked at again in the next round
         overrides = self._plan.overrides(trial.number, trial.params)
         goes_on = newest_checkpoint(folder)
@@ -148,9 +150,8 @@ class Driver:
 
     def _check(self, overrides: list[str]) -> None:
         """Raises ConfigError for a combination that no training takes, and for a file that was changed meanwhile."""
-        from tunesmith.train.compose import compose_config
-
         compose_config(overrides, self._plan.config_dir)
+        check_trial(overrides, self._plan.config_dir)
 
     def _look(self, running: Running) -> None:
         if running.attempt is None:

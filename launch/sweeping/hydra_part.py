@@ -5,19 +5,23 @@ is typed, and once more in what was composed of it.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tunesmith.launch.sweeping.plan import quoted
 from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, TARGET, Sampler, SweeperConfig
-from tunesmith.train.compose import SEARCH_SPACES, parse_override
+from tunesmith.train.compose import SEARCH_SPACES, admit_raw_key, parse_override
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.own_yaml import not_yaml
 from tunesmith.train.places import CONF_DIR, line_of_key, one_line, shown
@@ -25,6 +29,7 @@ from tunesmith.train.suggest import did_you_mean, nearest
 
 SWEEPERS = {"grid": Sampler.grid, "random": Sampler.random, "optuna": Sampler.tpe}
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
 LAUNCHERS = {
     "basic": BASIC,
@@ -194,17 +199,42 @@ def register() -> None:
         ConfigStore.instance().store(group="hydra/sweeper", name=name, node=node, provider="tunesmith")
 
 
-def hydra_arguments(parts: Split, config_dir: Path | None) -> list[str]:
-    """The overrides that Hydra gets besides those of the training."""
+def hydra_arguments(parts: Split, space: Path | None, config_dir: Path | None) -> list[str]:
+    """The overrides that Hydra gets besides those of the training. space: the file of the search space."""
     arguments = list(parts.hydra)
-    if not any(text.startswith("hydra/sweeper=") for text in arguments) and parts.space is None:
+    if not any(text.startswith("hydra/sweeper=") for text in arguments) and not _chooses_sweeper(space):
         arguments.append("hydra/sweeper=grid")
     if parts.space is not None:
         arguments.append(f"+{SEARCH_SPACES}={parts.space}")
-    if config_dir is not None:
-        quoted = str(config_dir).replace("\\", "\\\\").replace("'", "\\'")
-        arguments.append(f"hydra.searchpath=['file://{quoted}']")
-    return arguments
+    return [*arguments, *search_path(config_dir)]
+
+
+def _chooses_sweeper(space: Path | None) -> bool:
+    tree = yaml.safe_load(space.read_text(encoding="utf-8")) if space is not None else {}
+    return any(isinstance(entry, dict) and "override /hydra/sweeper" in entry for entry in tree.get("defaults") or [])
+
+
+def search_path(config_dir: Path | None) -> list[str]:
+    """The override by which Hydra searches the user's own folder too."""
+    return [] if config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{config_dir}')}]"]
+
+
+@contextmanager
+def initialised() -> Iterator[Any]:
+    """Hydra over conf/."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="tunesmith"):
+        yield GlobalHydra.instance().hydra
+
+
+def check_trial(overrides: Sequence[str], config_dir: Path | None) -> None:
+    """Raises ConfigError when the yaml files that a trial chooses set anything of Hydra's that names what to run.
+
+    A trial itself only composes; a launcher of Hydra does more with what it gets.
+    """
+    arguments = [*(admit_raw_key(text) for text in overrides), *search_path(config_dir)]
+    with initialised() as hydra:
+        composed(hydra, arguments, Locator(overrides, None))
 
 
 def composed(hydra: Any, arguments: Sequence[str], locate: "Locator") -> DictConfig:
@@ -243,7 +273,7 @@ def check_composed(composed: DictConfig) -> None:
     tree = OmegaConf.to_container(composed.hydra, resolve=False)
     assert isinstance(tree, dict)
     named = dict(_names(tree, "hydra"))
-    allowed = {f"{GROUP}._target_": [TARGET], "hydra.launcher._target_": list(LAUNCHERS.values())}
+    allowed = {f"{GROUP}._target_": [TARGET, BASIC_SWEEPER], "hydra.launcher._target_": list(LAUNCHERS.values())}
     for path, value in named.items():
         if value not in allowed.get(path, LOGGING.get(path, [])):
             raise ConfigError(f"{path}={value!r} names something to run.", at=path, do="take it out.")

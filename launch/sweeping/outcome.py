@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.launch.cluster.events import events_of
+from tunesmith.launch.cluster.job_folder import FOLDER
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED
 from tunesmith.train.redact import redact_text
 from tunesmith.train.rows import read_rows
@@ -41,9 +43,17 @@ def outcome_of(folder: Path, log: Path | None, code: int | None, metrics: list[s
             return Outcome("finished", [float(value) for value in values if value is not None], figures)
         missing = next(name for name, value in zip(metrics, values, strict=True) if value is None)
         return Outcome("failed", figures=figures, cause=f"diverged: {missing} is no finite number")
-    if code == EXIT_STOPPED or (code is None and summary.get("status") == "stopped"):
+    job_end = _last_end(folder) if code is None else {}
+    if code == EXIT_STOPPED or job_end.get("then") == "stopped":
         return Outcome("stopped")
-    return Outcome("failed", figures=figures_of(summary), cause=_cause(folder, log, code, summary))
+    said = job_end.get("cause")
+    cause = _one_line(str(said)) if said else _cause(folder, log, code, summary)
+    return Outcome("failed", figures=figures_of(summary), cause=cause)
+
+
+def _last_end(folder: Path) -> dict[str, Any]:
+    """What a job of SLURM has written down of its end."""
+    return next((row for row in reversed(events_of(folder / FOLDER)) if row["event"] == "ended"), {})
 
 
 def figures_of(summary: dict[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tunesmith.launch.sweeping.hydra_launcher import HydraJobs, searched_folder
-from tunesmith.launch.sweeping.hydra_part import BASIC
+from tunesmith.launch.sweeping.hydra_part import BASIC, check_trial
 from tunesmith.launch.sweeping.places import LocalSlots, Place, SlurmJobs
 from tunesmith.launch.sweeping.plan import Plan, claim_folder, make_plan
 from tunesmith.launch.sweeping.settings import SweeperConfig
@@ -38,6 +38,8 @@ class TunesmithSweeper(Sweeper):
         overrides = [text for text in arguments if text.lstrip("+").split("=", 1)[0] != SEARCH_SPACES]
         plan = make_plan(self._settings, overrides, searched_folder(self.config.hydra.searchpath))
         place = self._place(plan)
+        for point in plan.space.corners():
+            check_trial(plan.space.overrides(point), plan.config_dir)
         check_storage(plan.settings)
         claim_folder(plan)
         driver = Driver(plan, Trials(plan), place)

@@ -22,6 +22,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import create_engine
 
+from tunesmith.launch.cluster.events import events_of
+from tunesmith.launch.cluster.job_folder import FOLDER
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.launch.sweeping.proposals import propose
 from tunesmith.launch.sweeping.settings import GROUP, Pruner, SweeperConfig
@@ -172,7 +174,13 @@ def end_attempt(trial: Trial) -> None:
 
 
 def spans_of(user_attrs: Mapping[str, Any], folder: Path, *, is_running: bool) -> Iterator[tuple[float, float]]:
-    """When a trial ran, in unix seconds. An attempt whose driver was killed lasted until its last row."""
+    """When a trial ran, in unix seconds. An attempt whose driver was killed lasted until its last row.
+
+    A job of SLURM writes down itself when it ran: its time in the queue does not count.
+    """
+    if user_attrs.get("job_id"):
+        yield from _spans_of_job(folder, is_running=is_running)
+        return
     spans = user_attrs.get("spans", [])
     for number, (start, end) in enumerate(spans):
         if end is None and is_running and number == len(spans) - 1:
@@ -182,6 +190,18 @@ def spans_of(user_attrs: Mapping[str, Any], folder: Path, *, is_running: bool) -
             yield start, max(start, metrics.stat().st_mtime) if metrics.is_file() else start
         else:
             yield start, end
+
+
+def _spans_of_job(folder: Path, *, is_running: bool) -> Iterator[tuple[float, float]]:
+    start: float | None = None
+    for event in events_of(folder / FOLDER):
+        if event["event"] == "started" and start is None:
+            start = float(event["time"])
+        elif event["event"] == "ended" and start is not None:
+            yield start, float(event["time"])
+            start = None
+    if start is not None:
+        yield start, time.time() if is_running else start
 
 
 def seconds_of(spans: list[tuple[float, float]]) -> float:
