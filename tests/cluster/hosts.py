@@ -5,16 +5,18 @@ on a bridge that leads nowhere else. Files are common to all, as on a shared fil
 Needs root, iproute2, util-linux and openssh. Changes nothing outside of its folder but the bridge, until close().
 """
 
+import contextlib
 import os
 import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 PROGRAMS = ("unshare", "nsenter", "ip", "sshd", "ssh", "ssh-keygen", "pdsh")
-PATIENCE = 20.0  # seconds that the start of a host may take
+PATIENCE = 60.0  # seconds that the start of a host, or the end of a process, may take
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # Process 1 of a host. Its arguments: the folder, the name, the address, and the local paths.
@@ -107,11 +109,28 @@ class Hosts:
 
     def start(self, name: str, command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.Popen[str]":
         """Starts a command on a host; both its outputs come through stdout."""
+        return self._start_process(name, command, cwd, env, subprocess.PIPE)
+
+    @contextlib.contextmanager
+    def running(self, name: str, command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> Iterator[None]:
+        """Meanwhile a command runs on a host; it is to end within PATIENCE after. Its output goes to cwd/<name>.log."""
+        with (cwd / f"{name}.log").open("w") as log:
+            process = self._start_process(name, command, cwd, env, log)
+            try:
+                yield
+                process.wait(PATIENCE)
+            finally:
+                process.kill()
+                process.wait(PATIENCE)
+
+    def _start_process(
+        self, name: str, command: Sequence[str], cwd: Path, env: Mapping[str, str], out: int | IO[str]
+    ) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [*self.entered(name, cwd), *command],
             env=dict(env),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=out,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
@@ -150,6 +169,12 @@ class Hosts:
     def link(self, name: str, state: str) -> None:
         """Pulls out a host's network cable (down) or plugs it in again (up)."""
         _ip("link", "set", f"{self._bridge}{name}", state)
+
+    def slow_down(self, name: str, mbit: int) -> None:
+        """From now on a host hears the others at no more than so many 10^6 bits a second."""
+        limit = ["tbf", "rate", f"{mbit}mbit", "burst", "256k", "latency", "400ms"]
+        command = ["tc", "qdisc", "add", "dev", f"{self._bridge}{name}", "root", *limit]
+        subprocess.run(command, env={"PATH": SYSTEM_PATH}, timeout=20, check=True)
 
     def close(self) -> None:
         """Ends all hosts with all that runs on them."""

@@ -134,10 +134,10 @@ def test_torchrun_meets_over_c10d_and_has_the_losses_of_one_host(
     hosts: Any, env: dict[str, str], folder: Path, port: str, one_host: dict[int, float]
 ) -> None:
     command = torchrun(hosts, port, TRAIN, *SHORT, "output_dir=run")
-    second = hosts.start("n2", command, folder, env)
-    code, said = hosts.run("n1", command, folder, env, 400)
+    with hosts.running("n2", command, folder, env):
+        code, said = hosts.run("n1", command, folder, env, 400)
     assert code == 0, said
-    assert second.wait(timeout=60) == 0
+    assert status(folder / "run") == "finished"
     assert rows(folder / "run") == pytest.approx(one_host, rel=0, abs=1e-6)
 
 
@@ -151,11 +151,9 @@ def test_another_code_on_one_host_is_refused_by_name(
     loop = copy / "train" / "loop.py"
     loop.write_text(loop.read_text() + "# another version\n")
     run = [*SHORT, "output_dir=run"]
-    second = hosts.start(
-        "n2", torchrun(hosts, port, str(copy / "launch" / "train.py"), *run), folder, env | {"PYTHONPATH": str(copy)}
-    )
-    code, said = hosts.run("n1", torchrun(hosts, port, TRAIN, *run), folder, env, 400)
-    second.wait(timeout=60)
+    theirs = torchrun(hosts, port, str(copy / "launch" / "train.py"), *run)
+    with hosts.running("n2", theirs, folder, env | {"PYTHONPATH": str(copy)}):
+        code, said = hosts.run("n1", torchrun(hosts, port, TRAIN, *run), folder, env, 400)
     assert code != 0
     [line] = [line for line in said.splitlines() if line.startswith("TrainingError")]
     assert line.startswith(f"TrainingError: node n2: it has other code of Tunesmith, at {copy}, which is ")
@@ -275,3 +273,29 @@ def test_hosts_py_names_the_host_that_is_not_fit_before_any_rank_starts(
 
     said = refused(f"output_dir={local}/run")
     assert f"TrainingError: {local}/run is not shared" in said
+
+
+def test_a_slow_node_is_named_and_written_down(env: dict[str, str], tmp_path: Path, port: str) -> None:
+    if missing := hosts_module.what_is_missing():
+        pytest.skip(f"no hosts with networks of their own: {missing}")
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\nn3 slots=1\n")
+    (tmp_path / "made").mkdir()
+    three = hosts_module.Hosts(tmp_path / "made", count=3)
+    try:
+        three.slow_down("n2", mbit=80)
+        run = [*SHORT, "batch.global_batch_size=3", "cluster.min_bandwidth_gbps=0.05", "output_dir=run"]
+        sick = {"TUNESMITH_SICK_NODES": str(tmp_path / "sick")}
+        code, said = three.run("n1", hosts_command(port, *run), tmp_path, env | sick, 300)
+    finally:
+        three.close()
+    assert code == 2, said
+    [line] = [line for line in said.splitlines() if line.startswith("n1: TrainingError")]
+    match = re.search(
+        r"the network is slow: all-reduce of 4 MiB over 3 ranks at ([\d.]+) GB/s, and 0.05 are asked for", line
+    )
+    assert match, line
+    assert float(match[1]) < 0.02  # 80 Mbit/s are 0.01 GB/s
+    assert re.search(r"node n2: 0\.0\d+ GB/s at best with another node, the others have [\d.]+\.$", line), line
+    [row] = [json.loads(text) for text in (tmp_path / "sick").read_text().splitlines()]
+    assert row["node"] == "n2"
+    assert not (tmp_path / "run").exists()
