@@ -192,7 +192,7 @@ def test_three_ranks_end_when_one_of_them_hangs(fail: Fail) -> None:
     [
         (
             "kill:rank=1,step=3,phase=forward",
-            r"^rank 1 of 2 was last heard of \d+ s ago, at step 3, in ",
+            r"^rank 1 of 2 on \S+ was last heard of \d+ s ago, at step 3, in ",
         ),  # as of a second before
         (
             "raise:rank=1,step=3,phase=forward",
