@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from tunesmith.launch.arguments import main
-from tunesmith.train.compose import compose_tree, group_options, type_in_words
+from tunesmith.train.compose import SEARCH_SPACES, compose_tree, type_in_words
 from tunesmith.train.config import Config
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.places import CONF_DIR
@@ -79,6 +79,7 @@ def page() -> str:
             parts.append(_table(hint, list(fields(hint)), values[field.name], f"{field.name}."))
             parts.append(_options(field.name))
     parts += ["## exp\n\nWhole experiments, as differences from the defaults.\n", _options("exp")]
+    parts += ["## sweep\n\nSearch spaces of `launch/sweep.py -m`; docs/sweeps.md.\n", _options(SEARCH_SPACES)]
     return "\n".join(parts)
 
 
@@ -111,8 +112,8 @@ def _options(group: str) -> str:
     listed = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     defaults = {name: option for entry in listed if isinstance(entry, dict) for name, option in entry.items()}
     lines = ["| option | what it is |", "|---|---|"]
-    for option in group_options(group, [CONF_DIR]):
-        name = f"+exp={option}" if group == "exp" else f"{group}={option}"
+    for option in sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml")):
+        name = f"+{group}={option}" if group in ("exp", SEARCH_SPACES) else f"{group}={option}"
         mark = " (default)" if defaults.get(group) == option else ""
         lines.append(f"| `{name}`{mark} | {_cell(first_comment(CONF_DIR / group / f'{option}.yaml'))} |")
     return "\n".join(lines) + "\n"

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from hydra.types import HydraContext
 from omegaconf.errors import OmegaConfBaseException
@@ -19,7 +18,6 @@ from tunesmith.launch.sweeping.plan import make_plan
 from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, SweeperConfig
 from tunesmith.launch.sweeping.sweeper import TunesmithSweeper
 from tunesmith.train.compose import SEARCH_SPACES, admit_raw_key, group_options
-from tunesmith.train.config import Config
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError
 from tunesmith.train.stop import end
 
@@ -51,9 +49,8 @@ def run(overrides: list[str], config_dir: Path | None) -> int:
     folders = hydra_part.folders(config_dir)
     space = hydra_part.space_file(parts.space, folders) if parts.space is not None else None
     locate = Locator(overrides, space)
-    arguments = hydra_part.hydra_arguments(parts, space, config_dir)
+    arguments = hydra_part.hydra_arguments(parts, config_dir)
     hydra_part.register()
-    ConfigStore.instance().store(name="schema", node=Config)
     try:
         with hydra_part.initialised() as hydra:
             config = hydra_part.composed(hydra, arguments, locate)

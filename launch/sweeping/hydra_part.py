@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tunesmith.launch.sweeping.plan import quoted
 from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, TARGET, Sampler, SweeperConfig
 from tunesmith.train.compose import SEARCH_SPACES, admit_raw_key, parse_override
+from tunesmith.train.config import Config
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.own_yaml import not_yaml
 from tunesmith.train.places import CONF_DIR, line_of_key, one_line, shown
@@ -155,29 +156,9 @@ def _check_space(path: Path) -> None:
             "the file holds no settings.", at=f"{shown(path)}:1", do="write `params:` and what to search."
         )
     for name, value in tree.items():
-        at = f"{name} ({shown(path)}:{line_of_key(path, [str(name)])})"
-        if name == "defaults":
-            _check_defaults(value, at)
-        else:
-            _check_setting(GROUP, str(name), SETTINGS, at)
-            if name == "params":
-                _check_params(value, path)
-
-
-def _check_defaults(entries: Any, at: str) -> None:
-    for entry in entries if isinstance(entries, list) else [entries]:
-        if entry == "_self_":
-            continue
-        pairs = list(entry.items()) if isinstance(entry, dict) else []
-        if len(pairs) != 1 or str(pairs[0][0]) not in (f"override /{group}" for group in CHOICES):
-            raise ConfigError(
-                f"{entry!r} is nothing that a search space may choose.",
-                at=at,
-                do="write `- override /hydra/sweeper: optuna`, or the same of /hydra/launcher, and `- _self_`.",
-            )
-        group = str(pairs[0][0]).removeprefix("override /")
-        if pairs[0][1] not in CHOICES[group]:
-            raise _no_such_choice(group, pairs[0][1], at)
+        _check_setting(GROUP, str(name), SETTINGS, f"{name} ({shown(path)}:{line_of_key(path, [str(name)])})")
+        if name == "params":
+            _check_params(value, path)
 
 
 def _check_params(params: Any, path: Path) -> None:
@@ -192,26 +173,23 @@ def _check_params(params: Any, path: Path) -> None:
 
 
 def register() -> None:
-    """Makes our sweepers options of hydra/sweeper."""
+    """Makes the schema and our sweepers known to Hydra: options of hydra/sweeper."""
+    ConfigStore.instance().store(name="schema", node=Config)
     for name, sampler in SWEEPERS.items():
         node = OmegaConf.structured(SweeperConfig)
         node.sampler = sampler
         ConfigStore.instance().store(group="hydra/sweeper", name=name, node=node, provider="tunesmith")
 
 
-def hydra_arguments(parts: Split, space: Path | None, config_dir: Path | None) -> list[str]:
-    """The overrides that Hydra gets besides those of the training. space: the file of the search space."""
-    arguments = list(parts.hydra)
-    if not any(text.startswith("hydra/sweeper=") for text in arguments) and not _chooses_sweeper(space):
-        arguments.append("hydra/sweeper=grid")
+def hydra_arguments(parts: Split, config_dir: Path | None) -> list[str]:
+    """The overrides that Hydra gets besides those of the training."""
+    typed = next((text.split("=", 1)[1] for text in parts.hydra if text.startswith("hydra/sweeper=")), None)
+    arguments = [] if typed else ["hydra/sweeper=grid"]
     if parts.space is not None:
         arguments.append(f"+{SEARCH_SPACES}={parts.space}")
-    return [*arguments, *search_path(config_dir)]
-
-
-def _chooses_sweeper(space: Path | None) -> bool:
-    tree = yaml.safe_load(space.read_text(encoding="utf-8")) if space is not None else {}
-    return any(isinstance(entry, dict) and "override /hydra/sweeper" in entry for entry in tree.get("defaults") or [])
+    if typed:  # the command line has the last word, also over the file of a search space
+        arguments.append(f"hydra.sweeper.sampler={SWEEPERS[typed]}")
+    return [*arguments, *parts.hydra, *search_path(config_dir)]
 
 
 def search_path(config_dir: Path | None) -> list[str]:

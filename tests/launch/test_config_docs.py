@@ -39,7 +39,8 @@ def test_every_setting_has_a_row_with_a_meaning() -> None:
 def test_every_option_has_a_row_with_a_meaning() -> None:
     page = config_docs.page()
     for path in CONF_DIR.glob("*/*.yaml"):
-        name = f"+exp={path.stem}" if path.parent.name == "exp" else f"{path.parent.name}={path.stem}"
+        added = path.parent.name in ("exp", "sweep")
+        name = f"{'+' if added else ''}{path.parent.name}={path.stem}"
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
         assert len(row.split(" | ")[1]) > 10, f"{path} has no comment"
 

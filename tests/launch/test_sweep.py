@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from tunesmith.launch.sweeping.command import run, sweep
-from tunesmith.launch.sweeping.hydra_part import Locator, composed, initialised, register, settings_of, space_file
+from tunesmith.launch.sweeping.hydra_part import (
+    Locator,
+    Split,
+    composed,
+    hydra_arguments,
+    initialised,
+    register,
+    settings_of,
+    space_file,
+)
 from tunesmith.launch.sweeping.plan import make_plan
 from tunesmith.launch.sweeping.settings import Sampler
 from tunesmith.train.compose import compose_config
@@ -71,7 +80,11 @@ def test_each_search_space_that_ships_fits_the_example(name: str, monkeypatch: p
     space = space_file(name, [CONF_DIR])
     register()
     with initialised() as hydra:
-        config = composed(hydra, [f"+sweep={name}"], Locator([], space))
+        arguments = hydra_arguments(Split([], name, []), None)
+        config = composed(hydra, arguments, Locator([], space))
+        arguments = hydra_arguments(Split(["hydra/sweeper=random"], name, []), None)
+        typed = composed(hydra, arguments, Locator([], space))
+    assert typed.hydra.sweeper.sampler is Sampler.random, "the command line has the last word"
     plan = make_plan(settings_of(config, Locator([], space)), ["+exp=debug"], None)
     assert plan.settings.sampler is Sampler.tpe
     assert plan.num_trials == plan.settings.n_trials
