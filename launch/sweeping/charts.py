@@ -87,11 +87,11 @@ class Frame:
         right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
         rows = "".join(
             f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{self.y(value):.1f}" y2="{self.y(value):.1f}"/>'
-            f'<text x="{LEFT - 8}" y="{self.y(value) + 4:.1f}" text-anchor="end">{label}</text>'
+            f'<text x="{LEFT - 8}" y="{self.y(value) + 4:.1f}" text-anchor="end">{escape(label)}</text>'
             for value, label in self.y_axis.ticks
         )
         columns = "".join(
-            f'<text x="{self.x(value):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{label}</text>'
+            f'<text x="{self.x(value):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{escape(label)}</text>'
             for value, label in self.x_axis.ticks
         )
         name = f'<text x="{right}" y="{HEIGHT - 3}" text-anchor="end">{escape(self.x_name)}</text>'

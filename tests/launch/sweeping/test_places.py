@@ -1,0 +1,90 @@
+"""Trials beside each other: GPUs that are one trial's alone, the launcher's command, the environment."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tunesmith.launch.sweeping import places
+from tunesmith.launch.sweeping.places import LocalSlots, is_busy, training_command, trial_environment, visible_gpus
+from tunesmith.launch.sweeping.plan import Plan
+from tunesmith.train.errors import ConfigError
+
+RATES = "optimizer.learning_rate=1e-3,1e-2"
+
+
+@pytest.fixture
+def two_gpus(plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A plan as on a machine whose GPUs 2 and 3 are ours. Trials print their GPUs, wait for a file, and end."""
+    plan = replace(plan_of([RATES], n_jobs=2), num_gpus=2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(places, "_lock_folder", lambda: tmp_path)
+    wait = (
+        "import os, pathlib, time\nprint(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n"
+        "while not pathlib.Path('go').exists(): time.sleep(0.05)"
+    )
+    monkeypatch.setattr(places, "training_command", lambda *_, **__: [sys.executable, "-c", wait])
+    monkeypatch.setattr(places, "supervised", lambda command: command)
+    return plan
+
+
+def test_each_trial_has_a_gpu_of_its_own_over_all_sweeps(two_gpus: Plan, tmp_path: Path) -> None:
+    mine, another = LocalSlots(two_gpus), LocalSlots(two_gpus)
+    assert two_gpus.ranks == 1
+    first = mine.start(0, [], None)
+    second = another.start(1, [], None)
+    assert (first.gpus, second.gpus) == (["2"], ["3"])
+    assert not mine.has_room()
+    assert not another.has_room()
+    (tmp_path / "go").touch()
+    for attempt in (first, second):
+        assert attempt.process.wait(30) == 0
+        assert attempt.poll() is not None
+    assert mine.has_room()
+    assert [two_gpus.log(number).read_text() for number in (0, 1)] == ["2\n", "3\n"]
+
+
+def test_a_trial_of_two_ranks_waits_for_two_gpus(two_gpus: Plan, tmp_path: Path) -> None:
+    slots = LocalSlots(replace(two_gpus, settings=replace(two_gpus.settings, n_jobs=1)))
+    with FileLock(tmp_path / "gpu-3.lock"):
+        assert not slots.has_room()
+    assert slots.has_room()
+
+
+def test_gpus_are_named_as_the_environment_names_them(two_gpus: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert visible_gpus(2) == ["2", "3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus(3) == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a,GPU-2b")
+    with pytest.raises(ConfigError, match="deepspeed takes GPUs by number, not GPU-1a"):
+        LocalSlots(replace(two_gpus, settings=replace(two_gpus.settings, n_jobs=1)))
+
+
+def test_the_launcher_is_the_ordinary_one() -> None:
+    one = training_command(1, None, ["+exp=debug"], gpus=[], port=1)
+    assert one[0] == sys.executable
+    assert one[1].endswith("launch/train.py")
+    two = training_command(2, Path("/my conf"), ["+exp=debug"], gpus=["4", "6"], port=29600)
+    assert two[1:5] == ["--include", "localhost:4,6", "--master_port", "29600"]
+    assert two[-3:] == ["--config-dir", "/my conf", "+exp=debug"]
+    assert training_command(2, None, [], gpus=[], port=1)[1:3] == ["--num_gpus", "2"]
+
+
+def test_a_trial_is_no_rank_of_whatever_started_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in places.RANK_VARIABLES:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("HF_HOME", "/models")
+    environment = trial_environment(29501)
+    assert environment["MASTER_PORT"] == "29501"
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} & set(environment)
+    assert environment["HF_HOME"] == "/models"
+
+
+def test_a_folder_is_busy_while_a_training_writes_to_it(tmp_path: Path) -> None:
+    assert not is_busy(tmp_path)
+    with FileLock(tmp_path / ".tunesmith-lock"):
+        assert is_busy(tmp_path)
+    assert not is_busy(tmp_path)
