@@ -250,6 +250,20 @@ def test_hosts_py_stops_together_hides_secrets_and_goes_on_from_there(
     assert f"step {stopped_at}" in said
 
 
+def test_ranks_do_not_wait_for_a_host_whose_ranks_died_before_they_met(
+    hosts: Any, env: dict[str, str], folder: Path, port: str
+) -> None:
+    run = hosts.start("n1", hosts_command(port, *LONG, "output_dir=run"), folder, env)
+    wait_for(lambda: len(list((folder / "run").glob(".tunesmith-start-*/rank-*.json"))) == 4, 200, "all ranks")
+    hosts.signal("n2", str(folder), "KILL")  # the ranks, their launcher and the shell that ssh has started
+    died = time.monotonic()
+    said, _ = run.communicate(timeout=150)
+    assert time.monotonic() - died < 120  # cluster.start_timeout_minutes is 30
+    assert run.returncode not in (0, 75), said
+    assert not hosts.processes("n1", TRAIN)
+    assert list((folder / "run").glob("*")) == []
+
+
 def test_hosts_py_names_the_host_that_is_not_fit_before_any_rank_starts(
     hosts: Any, env: dict[str, str], folder: Path, port: str, local: Path
 ) -> None:
