@@ -45,6 +45,13 @@ def check_launch(config: Config, world: World, env: Mapping[str, str] = os.envir
             key="cluster.nodes",
             do=f"set cluster.nodes={world.num_nodes}, or start ranks on {cluster.nodes} nodes.",
         )
+    if cluster.kind is not ClusterKind.local and cluster.tasks_per_node not in (None, world.local_world_size):
+        raise ConfigError(
+            f"{cluster.tasks_per_node} ranks are asked for on each node, and the launcher has started "
+            f"{world.local_world_size}.",
+            key="cluster.tasks_per_node",
+            do=f"set cluster.tasks_per_node={world.local_world_size}, or have the launcher start as many.",
+        )
 
 
 def check_nodes(

@@ -93,6 +93,14 @@ def test_another_number_of_nodes_than_asked_for_is_refused(
         node_checks.check_launch(config, world, env)
 
 
+def test_another_number_of_ranks_on_a_node_than_asked_for_is_refused() -> None:
+    config = compose_config(["+exp=debug", "cluster=slurm", "cluster.tasks_per_node=4"]).config
+    env = {"SLURM_JOB_ID": "12"}
+    node_checks.check_launch(config, World(0, 8, 0, 4), env)
+    with pytest.raises(ConfigError, match="4 ranks are asked for on each node, and the launcher has started 2"):
+        node_checks.check_launch(config, World(0, 4, 0, 2), env)
+
+
 @pytest.mark.parametrize("num_nodes", [2, 3, 4, 5, 8, 33])
 def test_pairs_are_mutual_and_new_in_each_round(num_nodes: int) -> None:
     met: dict[int, list[int]] = {node: [] for node in range(num_nodes)}
