@@ -14,15 +14,20 @@ from tunesmith.train.distributed import World
 from tunesmith.train.engine_config import deepspeed_config, raw_keys_explained
 
 
-def sharded_init(config: Config, world: World, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Modules made inside are split over the ranks at once under ZeRO 3, so that no rank ever holds the whole model."""
+def sharded_init(config: Config, world: World) -> AbstractContextManager[None]:
+    """Modules made inside are split over the ranks at once under ZeRO 3, so that no rank ever holds the whole model.
+
+    Their dtype is that of engine.precision, by way of the config: zero.Init(dtype=...) of DeepSpeed 0.19.8 makes
+    bfloat16 of any dtype where the accelerator has no fp16, as on most CPUs (partition_parameters.py, _set_dtype), and
+    then rotary frequencies are rounded to three digits.
+    """
     if config.engine.stage != 3:
         return nullcontext()
     from tunesmith.train.engine_deepspeed import deepspeed
 
     deepspeed.init_distributed()  # takes over the ranks that have met; without it zero.Init counts one
     with raw_keys_explained(config):
-        return deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, world.world_size), dtype=dtype)
+        return deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, world.world_size))
 
 
 @contextmanager

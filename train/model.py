@@ -183,7 +183,7 @@ def _load_sharded(config: Config, world: World, hf_config: Any) -> PreTrainedMod
         )
     files = weight_files(settings)
     dtype = DTYPES[config.engine.precision]
-    with quiet_transformers(), sharded_init(config, world, dtype), no_init_weights():
+    with quiet_transformers(), sharded_init(config, world), no_init_weights():
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
     model.tie_weights()
     load_weights(model, files, settings.name_or_path)
