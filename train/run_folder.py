@@ -75,17 +75,24 @@ def _has_results(folder: Path) -> bool:
 def check_links(folder: Path) -> None:
     """Raises ConfigError for a link in the folder that leads out of it: what is written or pruned would lie elsewhere.
 
-    The folder itself may be a link, and so may its parents: the user has named it. W&B's links lead to its own files.
+    The folder itself may be a link, and so may its parents: the user has named it. W&B's links lead to its own files,
+    but for one in the folder of each of its runs, which nothing opens again: wandb 0.31 keeps that log in its cache.
     """
     inside = folder.resolve()
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in [*folders, *files]):
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside) and not _is_wandb_log(path, folder):
                 raise ConfigError(
                     f"{path.relative_to(folder)} in the run folder is a link to {os.readlink(path)}, outside of it.",
                     at=f"output_dir ({folder})",
                     do="remove the link, or choose another output_dir.",
                 )
+
+
+def _is_wandb_log(path: Path, folder: Path) -> bool:
+    """<run>/wandb/<run of W&B>/logs/debug-core.log"""
+    parts = path.relative_to(folder).parts
+    return len(parts) == 4 and (parts[0], *parts[2:]) == ("wandb", "logs", "debug-core.log")
 
 
 def create(folder: Path, config_yaml: str, held: FileLock | None = None) -> FileLock:
