@@ -82,6 +82,9 @@ def finish(returned: Any) -> int:
 
     driver, result = returned
     show_table(result)
+    for row in result.rows:
+        if row.cause:
+            say(f"trial {row.number} failed: {row.cause}")
     for command in driver.best_commands():
         say(f"the best again: {command}")
     say(f"report: {driver.folder / PAGE}")

@@ -70,8 +70,10 @@ def experiment_name(plan: Plan, number: int, num_metrics: int) -> str:
 def show_table(result: Result, console: Console | None = None) -> None:
     """The trials, best first."""
     keys = list(dict.fromkeys(key for row in result.rows for key in row.params))
+    last_words = [key.rsplit(".", 1)[-1] for key in keys]
+    short = [word if last_words.count(word) == 1 else key for key, word in zip(keys, last_words, strict=True)]
     table = Table(title=f"{result.name}: {', '.join(f'{n} {s}' for s, n in result.counts().items())}")
-    for name in ("trial", "status", *result.metrics, *keys, "time", "cause"):
+    for name in ("trial", "status", *result.metrics, *short, "time"):
         table.add_column(name, overflow="fold")
     for row in sorted(result.rows, key=lambda row: _order(result, row)):
         values: list[float | None] = [*row.values] if row.values else [None] * len(result.metrics)
@@ -79,7 +81,7 @@ def show_table(result: Result, console: Console | None = None) -> None:
         cells += [figure(name, value) for name, value in zip(result.metrics, values, strict=True)]
         cells += [_param(row.params.get(key)) for key in keys]
         style = "bold green" if row.number in result.best else "red" if row.status == "failed" else None
-        cells += [duration(row.seconds), row.cause or ""]
+        cells.append(duration(row.seconds))
         table.add_row(*[Text(cell) for cell in cells], style=style)
     (console or Console()).print(table)
 
