@@ -209,10 +209,10 @@ class Driver:
         if self._told and not self._time_is_over(self._facts()):
             return Outcome("it was told to end", "stopped", EXIT_STOPPED)
         if (self._folder / "stop").exists():
-            return Outcome("it was cancelled; its ranks have saved", "stopped", EXIT_STOPPED)
+            return Outcome("it was cancelled, its ranks first being asked to save", "stopped", EXIT_STOPPED)
         if ended.was_stopped:
             reasons = sorted({said.split()[1] for said in ended.ranks.values() if len(said.split()) > 1} - {"another"})
-            return Outcome(f"its ranks have saved and stopped ({', '.join(reasons) or 'asked to'})", "again", 75)
+            return Outcome(f"its ranks stopped, being asked to ({', '.join(reasons) or 'together'})", "again", 75)
         lost = self._lost_nodes(ended) | _named(sick)
         for node, reason in lost.items():
             self._note("sick", node=node, reason=reason)

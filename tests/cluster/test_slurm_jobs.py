@@ -46,8 +46,9 @@ def test_two_nodes_of_two_ranks_have_the_losses_of_one_node_of_four(slurm, train
 
 
 def test_a_job_that_meets_its_time_limit_finishes_after_requeues_bitwise_as_one_left_alone(job, unbroken):
-    slow = ";".join(f"{SLOWLY.format(1)},restart={restart}" for restart in (0, 1))
-    job.submit(*QUICK, *LONGER, "schedule.max_steps=16", "cluster.time=1", "cluster.signal_seconds=60", faults=slow)
+    """USR1 comes after a minute: SLURM looks every 30 s, and a minute early."""
+    slow = ";".join(f"{SLOWLY.format(1).replace('0.7', '6')},restart={restart}" for restart in (0, 1))
+    job.submit(*QUICK, *LONGER, "cluster.time=2", "cluster.signal_seconds=60", faults=slow)
     job.finish(timeout=400)
     ends = job.events("ended")
     assert [end["then"] for end in ends[:-1]] == ["requeued"] * (len(ends) - 1)
