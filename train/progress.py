@@ -1,16 +1,19 @@
 """Where this process is in its run: the step and the phase.
 
 The watchdog reads it to tell a slow rank from one that stands still, an error says where it happened by it, and
-planned faults (fault_plan.py) strike by it.
+planned faults (fault_plan.py) strike by it. torch is imported where it is used: a job's driver, which trains nothing,
+comes by here too.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from tunesmith.train.fault_plan import FaultPlan
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -46,14 +49,15 @@ def plan_faults() -> None:
     progress.plan = FaultPlan.from_environment()
 
 
-def spoiled(loss: torch.Tensor) -> torch.Tensor:
+def spoiled(loss: "torch.Tensor") -> "torch.Tensor":
     """The loss as it is, or as a planned fault makes it."""
     return loss if progress.plan is None else loss * progress.plan.loss_factor(progress.step)
 
 
-@torch.no_grad()
-def corrupted(weight: torch.Tensor | None) -> None:
+def corrupted(weight: "torch.Tensor | None") -> None:
     """Flips the lowest bit of a weight's first element where a planned fault says so."""
     if weight is not None and progress.plan is not None and progress.plan.flips_a_weight(progress.step):
+        import torch
+
         bits = {2: torch.int16, 4: torch.int32}[weight.element_size()]
-        weight.view(-1)[:1].view(bits).bitwise_xor_(1)
+        weight.detach().view(-1)[:1].view(bits).bitwise_xor_(1)

@@ -22,10 +22,9 @@ from tunesmith.launch.arguments import main
 from tunesmith.launch.attempt import Ended
 from tunesmith.launch.cluster import controller, steps
 from tunesmith.launch.cluster.events import append, events_of, restarts_without_progress, sick_nodes
-from tunesmith.launch.cluster.job_folder import FOLDER, find_job
+from tunesmith.launch.cluster.job_folder import FOLDER, find_job, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.queue import JobFacts, job_facts
-from tunesmith.launch.cluster.submit import write_job
 from tunesmith.launch.supervise import newest_checkpoint
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError, TunesmithError
 from tunesmith.train.fault_plan import RESTART

@@ -1,4 +1,4 @@
-"""What a SLURM job leaves in its run folder, read.
+"""What a SLURM job leaves in its run folder.
 
 <run>/job/job.json             which job it is
 <run>/job/events.jsonl         what happened to it, a line each
@@ -15,7 +15,9 @@ from typing import Any
 
 import orjson
 
+from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.queue import JOB_ID
+from tunesmith.train import durable
 from tunesmith.train.errors import ConfigError
 
 FOLDER = "job"
@@ -102,6 +104,20 @@ def find_job(run: Path) -> JobFolder | None:
         float(submitted) if isinstance(submitted, int | float) else None,
         most if isinstance(most, int) else None,
     )
+
+
+def write_job(spec: JobSpec, job_id: str, submitted: float) -> None:
+    """job.json, by which status, logs and cancel find the job. Raises OSError."""
+    tree = {
+        "job_id": job_id,
+        "submitted": submitted,
+        "command": spec.overrides,
+        "nodes": spec.nodes,
+        "ranks_per_node": spec.ranks_per_node,
+        "max_restarts": spec.max_restarts,
+        "log": str(spec.run_dir / FOLDER / f"job-{job_id}.log"),
+    }
+    durable.write_json(spec.run_dir / FOLDER / "job.json", tree)
 
 
 def the_job(run: Path, do: str) -> JobFolder:

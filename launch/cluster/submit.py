@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.launch.cluster.job_folder import FOLDER, find_job
+from tunesmith.launch.cluster.job_folder import FOLDER, find_job, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.queue import JOB_ID, job_facts
 from tunesmith.launch.cluster.sbatch import render
@@ -130,20 +130,6 @@ def ask(plan: Plan) -> str:
         script = Path(folder, "script.sh")
         script.write_bytes(plan.script.encode(errors="surrogateescape"))
         return f"# {_sbatch(['--test-only', str(script)], plan.env)}"
-
-
-def write_job(spec: JobSpec, job_id: str, submitted: float) -> None:
-    """job.json, by which status, logs and cancel find the job. Raises OSError."""
-    tree = {
-        "job_id": job_id,
-        "submitted": submitted,
-        "command": spec.overrides,
-        "nodes": spec.nodes,
-        "ranks_per_node": spec.ranks_per_node,
-        "max_restarts": spec.max_restarts,
-        "log": str(spec.run_dir / FOLDER / f"job-{job_id}.log"),
-    }
-    durable.write_json(spec.run_dir / FOLDER / "job.json", tree)
 
 
 def _check_free(run_dir: Path) -> None:
