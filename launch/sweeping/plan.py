@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from tunesmith.train.places import CONF_DIR
 from tunesmith.train.rows import write_atomically
 
 DEFINITION = "definition.json"  # in the sweep's folder: what is searched, which a second command must share
+LONGEST_NAME = 80  # characters of the run's name in those of its trials and of the sweep; a name has at most 100
 FOLDERS = ("trials", "logs", "claims")
 OWN_KEYS = ("output_dir", "name", "track.group")  # of each trial; what the user gives is the sweep's
 
@@ -67,7 +69,8 @@ class Plan:
 
     def overrides(self, number: int, point: dict[str, Any]) -> list[str]:
         """Of one trial, its folder and names included."""
-        own = [f"output_dir={quoted(str(self.trial_folder(number)))}", f"name={quoted(f'{self.config.name}-{number}')}"]
+        name = f"{self.config.name[:LONGEST_NAME]}-{number}"
+        own = [f"output_dir={quoted(str(self.trial_folder(number)))}", f"name={quoted(name)}"]
         group = [] if self.is_grouped else [f"track.group={quoted(self.study_name)}"]
         return [*self.space.overrides(point), *own, *group]
 
@@ -92,7 +95,8 @@ def make_plan(settings: SweeperConfig, overrides: Sequence[str], config_dir: Pat
         _check_metrics(settings, composed.config)
     searched = tuple(text for text in space.fixed if text.lstrip("+").split("=", 1)[0] != "output_dir")
     space = Space(space.dimensions, searched)
-    name = settings.study_name or f"{first.config.name}-{_digest(_definition(settings, space))[:8]}"
+    words = re.sub(r"[^A-Za-z0-9_.-]+", "_", first.config.name)[:LONGEST_NAME]  # it becomes +exp=<name>
+    name = settings.study_name or f"{words}-{_digest(_definition(settings, space))[:8]}"
     output_dir = first.config.output_dir
     plan = Plan(
         settings=settings,
@@ -101,7 +105,7 @@ def make_plan(settings: SweeperConfig, overrides: Sequence[str], config_dir: Pat
         config_dir=config_dir,
         study_name=name,
         folder=Path(output_dir).expanduser().absolute() if output_dir else Path("runs", name).absolute(),
-        num_gpus=num_gpus(first.config.cluster.device),
+        num_gpus=0 if first.config.cluster.kind is ClusterKind.slurm else num_gpus(first.config.cluster.device),
         is_grouped="track.group" in given,
     )
     _check_ranks(plan)

@@ -1,5 +1,6 @@
 """What is refused before the first trial, and how a sweep is known again."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def test_a_trial_gets_its_folder_whatever_its_name(plan_of: Callable[..., Plan],
     claim_folder(plan)
     config = compose_config(plan.overrides(3, {"optimizer.learning_rate": "1e-3"}), None).config
     assert config.output_dir == str(tmp_path / folder / "trials" / "3")
+    assert config.track.group == plan.study_name
+
+
+def test_any_name_of_a_run_gives_a_sweep_and_trials_that_compose(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of([RATES, f"name={quoted('Tölle Läufe ' + 80 * 'x')}"])
+    config = compose_config(plan.overrides(123, {"optimizer.learning_rate": "1e-3"}), None).config
+    assert config.name.endswith("x-123")
+    assert re.fullmatch(r"[A-Za-z0-9_.-]+", plan.study_name)
     assert config.track.group == plan.study_name
 
 
