@@ -7,7 +7,6 @@ cannot be run as given, 75 when it was stopped, and with another code when it gi
 and writes the same to <run>/job/events.jsonl.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from tunesmith.launch.cluster import controller, steps
 from tunesmith.launch.cluster.events import append, events_of, restarts_without_progress, sick_nodes
 from tunesmith.launch.cluster.job_folder import FOLDER, find_job, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
+from tunesmith.launch.cluster.outcome import Outcome, cause_of_failure, ends_of, ill, mistake, named_by_the_run
 from tunesmith.launch.cluster.queue import JobFacts, job_facts
 from tunesmith.launch.supervise import newest_checkpoint
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError, TunesmithError
@@ -60,15 +60,6 @@ class Allocation:
         return cls(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")), tuple(nodes))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a start of the job ended. then: finished, failed, stopped, or again, which asks to be requeued."""
-
-    cause: str
-    then: str
-    code: int
-
-
 class Driver:
     """One start of a job, from its first line to its last."""
 
@@ -76,6 +67,7 @@ class Driver:
         self._spec = spec
         self._here = allocation
         self._folder = spec.run_dir / FOLDER
+        self._began = time.time()
         self._told = False  # SLURM has sent SIGTERM: this job is being cancelled, requeued or preempted
 
     def run(self) -> int:
@@ -100,10 +92,9 @@ class Driver:
         if not self._here.restart or not turns or turns[-1]["event"] != "started":
             return
         nodes = [str(node) for node in turns[-1].get("nodes") or []]
-        ill = controller.ill_nodes(nodes)
-        names = "; ".join(f"node {node} is {state}" for node, state in ill.items())
-        cause = names or "SLURM requeued it: preempted, requeued by hand, or a node that is well again"
-        self._note("ended", cause=cause, then="requeued", step=newest_checkpoint(self._spec.run_dir))
+        cause = ill(nodes) or "SLURM requeued it: preempted, requeued by hand, or a node that is well again"
+        step = newest_checkpoint(self._spec.run_dir)
+        append(self._folder, turns[-1]["restart"], "ended", cause=cause, then="requeued", step=step)
         tell(f"restart {self._here.restart} of job {self._here.job_id}, since {cause}")
 
     def _own_events(self) -> list[dict]:
@@ -125,6 +116,7 @@ class Driver:
         command = steps.on_each_node(self._spec, preflight.command(out, self._spec.run_dir, nonce))
         said = _said(command, PREFLIGHT_SECONDS)
         if self._told:
+            self._note_told()
             return Outcome("it was told to end before its ranks had started", "stopped", EXIT_STOPPED)
         sick = preflight.verdict(out, self._here.nodes, gpus=self._spec.gpus_per_node, said=said)
         for one in sick:
@@ -151,27 +143,36 @@ class Driver:
         return self._judge(ended, sick)
 
     def _wait(self, srun: subprocess.Popen[bytes], ends: Path) -> Ended:
-        """Until srun has ended, or waits for nothing but nodes that are gone."""
+        """Until srun has ended, or waits for nothing but nodes that are gone.
+
+        The srun of a start that was cut off is killed before its ranks end: it would end the step of that number, which
+        is the newer start's by now, as soon as the controller hears it (seen in 22.05).
+        """
         first_end, noted = None, False
         while srun.poll() is None:
             time.sleep(POLL_SECONDS)
+            if self._is_fenced_off():
+                srun.kill()
             if self._told and not noted:
                 noted = True
                 self._note_told()
-            said = _ends(ends)
+            said = ends_of(ends)
             if first_end is None and any(one != RUNNING for one in said.values()):
                 first_end = time.monotonic()
             failed = any(one != RUNNING and one.split()[:1] != ["0"] for one in said.values())
             if failed and first_end is not None and time.monotonic() - first_end > LAST_RANKS_SECONDS:
                 srun.kill()
-        return Ended(srun.wait(), _ends(ends))
+        return Ended(srun.wait(), ends_of(ends))
 
     def _note_told(self) -> None:
         """At once: this process may be killed before the ranks have ended."""
         facts = self._facts()
         step = newest_checkpoint(self._spec.run_dir)
         if facts and facts.restarts > self._here.restart:
-            self._note("ended", cause="requeued by hand or preempted", then="requeued", step=step)
+            known = (cause_of_failure(self._spec.run_dir, self._began), ill(self._here.nodes))
+            cause = "; ".join(filter(None, known)) or "requeued by hand, or preempted"
+            self._note("ended", cause=cause, then="requeued", step=step)
+            tell(f"requeued by SLURM: {cause}")
         elif not self._time_is_over(facts):
             self._note("ended", cause="cancelled", then="stopped", step=step)
 
@@ -181,6 +182,15 @@ class Driver:
         except TunesmithError:  # the controller is away
             return None
 
+    def _is_fenced_off(self) -> bool:
+        try:
+            fence.check()
+        except Superseded:
+            return True
+        except OSError:  # the file system is away
+            return False
+        return False
+
     def _is_superseded(self) -> bool:
         """Whether this node was cut off, and the job has been started again on others meanwhile.
 
@@ -188,9 +198,7 @@ class Driver:
         """
         deadline = time.monotonic() + CONTROLLER_SECONDS
         while True:
-            try:
-                fence.check()
-            except Superseded:
+            if self._is_fenced_off():
                 return True
             facts = self._facts()
             if facts is not None or time.monotonic() > deadline:
@@ -204,7 +212,7 @@ class Driver:
         if ended.finished or (ended.code == 0 and is_finished(self._spec.run_dir)):
             return Outcome("the run has finished", "finished", 0)
         if ended.mistake and not sick.exists():
-            return Outcome(_mistake(ended), "failed", EXIT_MISTAKE)
+            return Outcome(mistake(ended), "failed", EXIT_MISTAKE)
         if self._told and not self._time_is_over(self._facts()):
             return Outcome("it was told to end", "stopped", EXIT_STOPPED)
         if (self._folder / "stop").exists():
@@ -212,11 +220,12 @@ class Driver:
         if ended.was_stopped:
             reasons = sorted({said.split()[1] for said in ended.ranks.values() if len(said.split()) > 1} - {"another"})
             return Outcome(f"its ranks stopped, being asked to ({', '.join(reasons) or 'together'})", "again", 75)
-        lost = self._lost_nodes(ended) | _named(sick)
+        lost = self._lost_nodes(ended) | named_by_the_run(sick)
         for node, reason in lost.items():
             self._note("sick", node=node, reason=reason)
         names = "".join(f"; node {node}: {reason}" for node, reason in lost.items())
-        return Outcome(f"{_cause(self._spec.run_dir) or ended.how}{names}", "again", ended.code or 1)
+        cause = cause_of_failure(self._spec.run_dir, self._began) or ended.how
+        return Outcome(f"{cause}{names}", "again", ended.code or 1)
 
     def _lost_nodes(self, ended: Ended) -> dict[str, str]:
         """Of the nodes whose ranks said nothing to the end: those that do not answer."""
@@ -269,9 +278,7 @@ class Driver:
         return Outcome(cause, "failed", code)
 
     def _note(self, event: str, **values: object) -> None:
-        try:
-            fence.check()
-        except Superseded:
+        if self._is_fenced_off():
             return
         clean = {name: redact_text(value) if isinstance(value, str) else value for name, value in values.items()}
         append(self._folder, self._here.restart, event, **clean)
@@ -286,40 +293,6 @@ def _said(command: list[str], seconds: float) -> str:
     except subprocess.TimeoutExpired as late:
         return (late.stdout or b"").decode(errors="replace") if isinstance(late.stdout, bytes) else ""
     return done.stdout
-
-
-def _ends(folder: Path) -> dict[int, str]:
-    """What each rank has left there (train/stop.py): rank -> "75 SIGTERM", "1 <cause>", "0", or RUNNING."""
-    found = {}
-    for path in folder.glob("rank-*"):
-        number = path.name.removeprefix("rank-")
-        if number.isdecimal():
-            found[int(number)] = path.read_text(encoding="utf-8", errors="replace") or RUNNING
-    return found
-
-
-def _mistake(ended: Ended) -> str:
-    said = [one for _, one in sorted(ended.ranks.items()) if one.split()[:1] == [str(EXIT_MISTAKE)]]
-    words = said[0].partition(" ")[2] if said else ""
-    return words or "the run cannot be run as given: see the log of rank 0"
-
-
-def _cause(run_dir: Path) -> str:
-    """Of a run that failed; empty where it left none."""
-    try:
-        tree = json.loads((run_dir / "failure.json").read_text(encoding="utf-8"))
-        return " ".join(str(tree["cause"]).split())
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-def _named(sick: Path) -> dict[str, str]:
-    """Nodes that the run itself found to be sick (train/node_checks.py)."""
-    found = {}
-    for line in sick.read_text(encoding="utf-8").splitlines() if sick.exists() else []:
-        row = json.loads(line)
-        found[str(row["node"])] = str(row["reason"])
-    return found
 
 
 def tell(text: str) -> None:

@@ -1,0 +1,61 @@
+"""How a start of a job ended, from what its ranks, its run and SLURM leave behind."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.launch.attempt import Ended
+from tunesmith.launch.cluster import controller
+from tunesmith.train.errors import EXIT_MISTAKE
+from tunesmith.train.stop import RUNNING
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start of the job ended. then: finished, failed, stopped, or again, which asks to be requeued."""
+
+    cause: str
+    then: str
+    code: int
+
+
+def ends_of(folder: Path) -> dict[int, str]:
+    """What each rank has left there (train/stop.py): rank -> "75 SIGTERM", "1 <cause>", "0", or RUNNING."""
+    found = {}
+    for path in folder.glob("rank-*"):
+        number = path.name.removeprefix("rank-")
+        if number.isdecimal():
+            found[int(number)] = path.read_text(encoding="utf-8", errors="replace") or RUNNING
+    return found
+
+
+def ill(nodes: Sequence[str]) -> str:
+    """What SLURM has against some of the nodes, in words; empty when it is content with all."""
+    return "; ".join(f"node {node} is {state}" for node, state in controller.ill_nodes(nodes).items())
+
+
+def mistake(ended: Ended) -> str:
+    said = [one for _, one in sorted(ended.ranks.items()) if one.split()[:1] == [str(EXIT_MISTAKE)]]
+    words = said[0].partition(" ")[2] if said else ""
+    return words or "the run cannot be run as given: see the log of rank 0"
+
+
+def cause_of_failure(run_dir: Path, since: float) -> str:
+    """What the run itself says of why it failed, since then in unix seconds; empty where it says nothing."""
+    path = run_dir / "failure.json"
+    try:
+        if path.stat().st_mtime < since:
+            return ""  # of an earlier start
+        return " ".join(str(json.loads(path.read_text(encoding="utf-8"))["cause"]).split())
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def named_by_the_run(sick: Path) -> dict[str, str]:
+    """Nodes that the run itself found to be sick (train/node_checks.py)."""
+    found = {}
+    for line in sick.read_text(encoding="utf-8").splitlines() if sick.exists() else []:
+        row = json.loads(line)
+        found[str(row["node"])] = str(row["reason"])
+    return found
