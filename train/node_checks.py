@@ -20,13 +20,12 @@ from tunesmith.train import node_bandwidth
 from tunesmith.train.config import ClusterKind, Config
 from tunesmith.train.distributed import World
 from tunesmith.train.errors import ConfigError, TrainingError
-from tunesmith.train.node_facts import NodeFacts, Sick, existing, judge, look
+from tunesmith.train.node_facts import SICK_NODES, NodeFacts, Sick, existing, judge, look
 from tunesmith.train.progress import reach
 from tunesmith.train.redact import redact
 from tunesmith.train.rendezvous import interruptible
 
 KEYS = "tunesmith/nodes"
-SICK_NODES = "TUNESMITH_SICK_NODES"  # environment: the file to which named nodes are added, a JSON line each
 NAMED = 3  # nodes in one line of an error
 
 

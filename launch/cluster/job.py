@@ -7,6 +7,7 @@ cannot be run as given, 75 when it was stopped, and with another code when it gi
 and writes the same to <run>/job/events.jsonl.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from tunesmith.launch import preflight
 from tunesmith.launch.arguments import main
@@ -29,11 +32,11 @@ from tunesmith.launch.supervise import newest_checkpoint
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError, TunesmithError
 from tunesmith.train.fault_plan import RESTART
 from tunesmith.train.fence import Superseded, fence, token_from_environment
+from tunesmith.train.node_facts import SICK_NODES
 from tunesmith.train.redact import redact_text
 from tunesmith.train.run_folder import is_finished
 from tunesmith.train.stop import ENDS, RUNNING, end
 
-SICK_NODES = "TUNESMITH_SICK_NODES"  # environment: the file in which a run names nodes that are not fit
 PREFLIGHT_SECONDS = 120.0
 PROBE_SECONDS = 20.0  # for a node to answer, of whose ranks nothing was heard
 LAST_RANKS_SECONDS = 60.0  # for the other ranks once one has ended: srun may wait for a dead node much longer
@@ -152,7 +155,7 @@ class Driver:
         while srun.poll() is None:
             time.sleep(POLL_SECONDS)
             if self._is_fenced_off():
-                srun.kill()
+                _forget(srun)
             if self._told and not noted:
                 noted = True
                 self._note_told()
@@ -282,6 +285,14 @@ class Driver:
             return
         clean = {name: redact_text(value) if isinstance(value, str) else value for name, value in values.items()}
         append(self._folder, self._here.restart, event, **clean)
+
+
+def _forget(srun: subprocess.Popen[bytes]) -> None:
+    """Kills srun without ending its step: first the child that would end it once srun is dead."""
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(srun.pid).children(recursive=True):
+            child.kill()
+    srun.kill()
 
 
 def _said(command: list[str], seconds: float) -> str:

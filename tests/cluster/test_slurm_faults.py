@@ -121,8 +121,20 @@ def test_a_link_that_is_cut_between_two_nodes_is_one_cause_line_and_the_job_goes
     assert job.losses() == unbroken
 
 
-def test_a_node_that_is_not_fit_is_named_and_left_out(job, own_slurm, tmp_path):
-    """The third of three nodes has no room for a run, by a full disk of its own in place of temporary files."""
-    job.submit(*QUICK, "cluster.nodes=3", "batch.global_batch_size=3", faults="")
-    job.finish()
-    assert len(nodes_of(job, 0)) == 3
+def test_a_node_that_is_not_fit_is_named_and_left_out(job, own_slurm):
+    """Its shared memory is full: NCCL and the board of the ranks could not use it."""
+
+    def give_shared_memory(size: str) -> None:
+        own_slurm.verb("exec", "n1", "mount", "-o", f"remount,size={size}", "/dev/shm")
+
+    give_shared_memory("4k")
+    try:
+        job.submit(*QUICK).finish()
+    finally:
+        give_shared_memory("50%")
+    (sick,) = job.events("sick")
+    assert sick["node"] == "n1"
+    assert "/dev/shm has 0 MiB free" in sick["reason"]
+    assert "n1" in nodes_of(job, 0)
+    assert "n1" not in nodes_of(job, 1)
+    assert "#SBATCH --exclude=n1" in job.call("--dry-run", *QUICK).stdout
