@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 CODE = Path(__file__).resolve().parents[1]  # the folder of train/, kernels/, launch/ and conf/
-SICK_NODES = "TUNESMITH_SICK_NODES"  # environment: the file to which a run adds nodes that are not fit, a JSON line each
+SICK_NODES = "TUNESMITH_SICK_NODES"  # environment: the file to which a run adds nodes that are not fit, as JSON lines
 CODE_FOLDERS = ("conf", "kernels", "launch", "train")
 # Another version of one of these can change the numbers, or end in a collective that only some ranks come to.
 PACKAGES = (
