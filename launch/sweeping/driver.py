@@ -11,7 +11,7 @@ from optuna.trial import Trial, TrialState
 from tunesmith.launch.supervise import newest_checkpoint
 from tunesmith.launch.sweeping.hydra_part import check_trial
 from tunesmith.launch.sweeping.outcome import Outcome, curve, outcome_of
-from tunesmith.launch.sweeping.places import Attempt, Place, is_busy
+from tunesmith.launch.sweeping.places import Attempt, NotNow, Place, is_busy
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.launch.sweeping.report import experiment_commands, write_report
 from tunesmith.launch.sweeping.result import best_trials
@@ -52,6 +52,8 @@ class Driver:
         self._budget_spent: str | None = None
         self._written = 0.0
         self._filled = 0.0
+        self._not_before = 0.0  # no trial is started until then
+        self._said: str | None = None  # why
 
     def announce(self) -> None:
         """Says what is about to happen."""
@@ -110,7 +112,7 @@ class Driver:
 
     def _fill(self) -> bool:
         """Starts what there is room for; False when nothing was started because there is nothing to start."""
-        if self._running and time.monotonic() - self._filled < FILL_SECONDS:
+        if time.monotonic() < self._not_before or (self._running and time.monotonic() - self._filled < FILL_SECONDS):
             return True
         self._filled = time.monotonic()
         while len(self._running) < self._plan.settings.n_jobs:
@@ -123,6 +125,8 @@ class Driver:
             running = Running(trial, reported=set(self.trials.study.trials[trial.number].intermediate_values))
             self._running[trial.number] = running
             self._start(running)
+            if time.monotonic() < self._not_before:
+                return True
         return True
 
     def _start(self, running: Running) -> None:
@@ -135,18 +139,33 @@ class Driver:
         if goes_on:
             overrides.append("resume.source=auto")
         trial.set_user_attr("overrides", overrides)
-        begin_attempt(trial, self._plan.gpus)
         try:
             self._check(overrides)
             running.attempt = self._place.start(trial.number, overrides, trial.user_attrs.get("job_id"))
+        except NotNow as error:
+            self._wait(running, error)
+            return
         except TunesmithError as error:
+            begin_attempt(trial, self._plan.gpus)
             self._end(running, Outcome("failed", cause=redact_text(f"{type(error).__name__}: {error.what}")))
             return
+        begin_attempt(trial, self._plan.gpus)
+        self._said = None
         if job_id := getattr(running.attempt, "job_id", None):
             trial.set_user_attr("job_id", job_id)
         where = running.attempt.described()
         again = f" again, from step {goes_on}" if goes_on else " again" if len(trial.user_attrs["spans"]) > 1 else ""
         say(f"trial {trial.number} starts{again} {where}: {shown_params(trial.params)}")
+
+    def _wait(self, running: Running, error: NotNow) -> None:
+        """Gives the trial back, for whoever can start it first: this driver looks again a while later."""
+        number = running.trial.number
+        self._drop(running)
+        del self._running[number]
+        self._not_before = time.monotonic() + error.seconds
+        if str(error) != self._said:
+            self._said = str(error)
+            say(f"trial {number} waits, and is tried again every {error.seconds:g} s: {error}")
 
     def _check(self, overrides: list[str]) -> None:
         """Raises ConfigError for a combination that no training takes, and for a file that was changed meanwhile."""
@@ -180,10 +199,12 @@ class Driver:
             running.trial.report(value, step)
             running.reported.add(step)
             is_hopeless |= running.trial.should_prune()  # asked at each step: asha notes there how far the trial came
-        if is_hopeless and not last and not running.is_pruned:
-            running.is_pruned = True
+        if last:
+            return
+        running.is_pruned |= is_hopeless
+        if running.is_pruned:
             assert running.attempt is not None
-            running.attempt.stop()
+            running.attempt.stop()  # more than once: SLURM may not have answered
 
     def _end(self, running: Running, outcome: Outcome) -> None:
         trial, study = running.trial, self.trials.study

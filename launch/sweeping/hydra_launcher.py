@@ -21,7 +21,7 @@ from tunesmith.launch.sweeping.places import Ended, free_port, supervised, train
 from tunesmith.launch.sweeping.plan import Plan, num_gpus
 from tunesmith.train.compose import admit_raw_key
 from tunesmith.train.config import Device
-from tunesmith.train.errors import ConfigError, TrainingError
+from tunesmith.train.errors import EXIT_STOPPED, ConfigError, TrainingError
 
 STOP = "stop"  # a file claims/<number>.stop asks a job to save and end
 LOOK_SECONDS = 0.5
@@ -43,6 +43,7 @@ def train_trial(config: DictConfig) -> dict[str, Any]:
     port = free_port()
     overrides = [str(text) for text in hydra.overrides.task]
     command = training_command(ranks, searched_folder(hydra.searchpath), overrides, gpus=[], port=port)
+    was_stopped = False
     with (sweep / "logs" / f"trial-{number}.log").open("ab") as log:
         process = subprocess.Popen(
             supervised(command), stdout=log, stderr=subprocess.STDOUT, env=trial_environment(port)
@@ -51,11 +52,13 @@ def train_trial(config: DictConfig) -> dict[str, Any]:
             if (sweep / "claims" / f"{number}.{STOP}").exists():
                 process.terminate()
                 process.wait()
+                was_stopped = True
             time.sleep(LOOK_SECONDS)
+    code = EXIT_STOPPED if was_stopped and process.returncode < 0 else process.returncode  # as LocalAttempt has it
     metric = OmegaConf.to_container(hydra.sweeper).get("metric")  # type: ignore[union-attr]
     metrics = metric if isinstance(metric, list) else [str(metric)]
-    outcome = outcome_of(run_dir, None, process.returncode, metrics)
-    return {"code": process.returncode, "objective": outcome.values}
+    outcome = outcome_of(run_dir, None, code, metrics)
+    return {"code": code, "objective": outcome.values}
 
 
 def searched_folder(searchpath: Any) -> Path | None:

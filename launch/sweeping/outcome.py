@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.launch.cluster.events import events_of
-from tunesmith.launch.cluster.job_folder import FOLDER
+from tunesmith.launch.cluster.job_folder import JobFolder
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED
 from tunesmith.train.redact import redact_text
 from tunesmith.train.rows import read_rows
@@ -44,7 +43,7 @@ def outcome_of(folder: Path, log: Path | None, code: int | None, metrics: list[s
         missing = next(name for name, value in zip(metrics, values, strict=True) if value is None)
         return Outcome("failed", figures=figures, cause=f"diverged: {missing} is no finite number")
     job_end = _last_end(folder) if code is None else {}
-    if code == EXIT_STOPPED or job_end.get("then") == "stopped":
+    if code == EXIT_STOPPED or (code is None and _was_stopped(folder, job_end.get("then"))):
         return Outcome("stopped")
     said = job_end.get("cause")
     cause = _one_line(str(said)) if said else _cause(folder, log, code, summary)
@@ -53,7 +52,12 @@ def outcome_of(folder: Path, log: Path | None, code: int | None, metrics: list[s
 
 def _last_end(folder: Path) -> dict[str, Any]:
     """What a job of SLURM has written down of its end."""
-    return next((row for row in reversed(events_of(folder / FOLDER)) if row["event"] == "ended"), {})
+    return next((row for row in reversed(JobFolder(folder, "").events()) if row["event"] == "ended"), {})
+
+
+def _was_stopped(folder: Path, then: Any) -> bool:
+    """then: what the job has said last. One that is cancelled while it waits in the queue says nothing of that."""
+    return then == "stopped" or (then in (None, "requeued") and JobFolder(folder, "").stop_file.exists())
 
 
 def figures_of(summary: dict[str, Any]) -> dict[str, float]:

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,15 +18,31 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from tunesmith.launch.sweeping.plan import Plan
-from tunesmith.train.errors import ConfigError, TunesmithError
+from tunesmith.train.errors import EXIT_STOPPED, ConfigError, TrainingError, TunesmithError
 from tunesmith.train.run_folder import OURS
 
 LAUNCH = Path(__file__).absolute().parents[1]
 # Of the process that starts the sweep: a trial is no rank of it.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 KILL_SECONDS = 900.0  # after it was asked to stop: more than a save takes
+LOOK_AGAIN_SECONDS = 2.0  # after others have taken the GPUs
 QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue, for each job
 QUEUE_PATIENCE_SECONDS = 600.0  # for a controller that does not answer
+SUBMIT_AGAIN_SECONDS = 30.0  # after SLURM would not take a job just then
+# What sbatch says when the job is right and the moment is not: nobody answers, or enough jobs are in the queue.
+NOT_NOW = re.compile(
+    r"did not answer|unable to contact|timed out|connection refused|zero bytes were|standby mode"
+    r"|temporarily un|(QOS|Assoc)\w*Submit\w*Limit",
+    re.IGNORECASE,
+)
+
+
+class NotNow(Exception):
+    """A trial could not be started, for a reason that is not its own and passes. In words, with a full stop."""
+
+    def __init__(self, why: str, seconds: float) -> None:
+        super().__init__(why)
+        self.seconds = seconds  # until it is worth another try
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,8 @@ class Place(Protocol):
 
     def has_room(self) -> bool: ...
 
-    def start(self, number: int, overrides: list[str], job_id: str | None) -> Attempt: ...
+    def start(self, number: int, overrides: list[str], job_id: str | None) -> Attempt:
+        """Raises TunesmithError for a trial that cannot be run, NotNow for one that can be later."""
 
 
 def is_busy(folder: Path) -> bool:
@@ -115,7 +134,8 @@ class LocalAttempt:
         for lock in self.locks:
             lock.release()
         self.locks.clear()
-        return Ended(code)
+        # A signal ends the supervisor at once where it comes before that listens, or when it does not end in time.
+        return Ended(EXIT_STOPPED if code < 0 and self.asked is not None else code)
 
     def stop(self) -> None:
         if self.asked is None:
@@ -153,17 +173,20 @@ class LocalSlots:
         return len(locks) == self._plan.ranks
 
     def start(self, number: int, overrides: list[str], job_id: str | None) -> LocalAttempt:
-        locks, port = self._take_gpus(), free_port()
+        plan, locks, port = self._plan, self._take_gpus(), free_port()
         gpus = list(locks)
-        plan = self._plan
+        if self._gpus and len(gpus) < plan.ranks:
+            for lock in locks.values():
+                lock.release()
+            raise NotNow("another trial was faster to take its GPUs.", LOOK_AGAIN_SECONDS)
         command = supervised(training_command(plan.ranks, plan.config_dir, overrides, gpus=gpus, port=port))
         environment = trial_environment(port)
-        if gpus and self._plan.ranks == 1:
+        if gpus and plan.ranks == 1:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[0]
         if "OMP_NUM_THREADS" not in environment:
-            ranks = self._plan.settings.n_jobs * self._plan.ranks
+            ranks = plan.settings.n_jobs * plan.ranks
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
-        with self._plan.log(number).open("ab") as log:
+        with plan.log(number).open("ab") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -210,6 +233,7 @@ class SlurmAttempt:
     run_dir: Path
     looked: float = 0.0
     silent_since: float | None = None
+    asked: float = -math.inf  # when it was asked to stop, or that was tried
     is_asked: bool = False
 
     def poll(self) -> Ended | None:
@@ -231,11 +255,12 @@ class SlurmAttempt:
     def stop(self) -> None:
         from tunesmith.launch.cluster.cancel import cancel
 
-        if self.is_asked:
+        if self.is_asked or time.monotonic() - self.asked < QUEUE_SECONDS:
             return
-        self.is_asked = True
         with contextlib.suppress(TunesmithError), contextlib.redirect_stdout(io.StringIO()):
             cancel(["--save", str(self.run_dir)])
+            self.is_asked = True  # else SLURM did not answer, or the job has just ended, which poll() sees
+        self.asked = time.monotonic()
 
     def described(self) -> str:
         return f"as job {self.job_id}"
@@ -253,14 +278,28 @@ class SlurmJobs:
         return len(self._running) < self._plan.settings.n_jobs
 
     def start(self, number: int, overrides: list[str], job_id: str | None) -> SlurmAttempt:
-        from tunesmith.launch.cluster.submit import submit
-
-        from tunesmith.launch.cluster.queue import FINAL, job_state
-
         folder = self._plan.trial_folder(number)
-        state = job_state(job_id) if job_id else None
-        if job_id is None or state is None or state in FINAL:
-            job_id = submit(overrides, folder, self._plan.config_dir)
+        try:
+            job_id = self._in_queue(folder, job_id) or self._submit(overrides, folder)
+        except TunesmithError as error:
+            if isinstance(error, TrainingError) or NOT_NOW.search(error.what):
+                raise NotNow(error.what, SUBMIT_AGAIN_SECONDS) from None
+            raise
         attempt = SlurmAttempt(job_id, folder)
         self._running.append(attempt)
         return attempt
+
+    def _in_queue(self, folder: Path, job_id: str | None) -> str | None:
+        """The job of the trial where it has not ended. A driver may have been killed before it noted down which."""
+        from tunesmith.launch.cluster.job_folder import find_job
+        from tunesmith.launch.cluster.queue import FINAL, job_state
+
+        job = find_job(folder)
+        known = job.job_id if job else job_id
+        state = job_state(known) if known else None
+        return known if state is not None and state not in FINAL else None
+
+    def _submit(self, overrides: list[str], folder: Path) -> str:
+        from tunesmith.launch.cluster.submit import submit
+
+        return submit(overrides, folder, self._plan.config_dir)

@@ -22,8 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import create_engine
 
-from tunesmith.launch.cluster.events import events_of
-from tunesmith.launch.cluster.job_folder import FOLDER
+from tunesmith.launch.cluster.job_folder import JobFolder
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.launch.sweeping.proposals import propose
 from tunesmith.launch.sweeping.settings import GROUP, Pruner, SweeperConfig
@@ -194,7 +193,7 @@ def spans_of(user_attrs: Mapping[str, Any], folder: Path, *, is_running: bool) -
 
 def _spans_of_job(folder: Path, *, is_running: bool) -> Iterator[tuple[float, float]]:
     start: float | None = None
-    for event in events_of(folder / FOLDER):
+    for event in JobFolder(folder, "").events():
         if event["event"] == "started" and start is None:
             start = float(event["time"])
         elif event["event"] == "ended" and start is not None:

@@ -81,6 +81,25 @@ def test_a_job_says_itself_how_it_ended(tmp_path: Path, then: str, status: str) 
     assert (outcome.status, outcome.cause) == (status, "rank 1 died" if status == "failed" else None)
 
 
+@pytest.mark.parametrize(
+    ("rows", "status"),
+    [
+        ([], "stopped"),
+        ([("started", None), ("ended", "requeued")], "stopped"),
+        ([("started", None), ("ended", "failed")], "failed"),
+    ],
+)
+def test_a_job_that_is_cancelled_while_it_waits_was_stopped(
+    tmp_path: Path, rows: list[tuple[str, str | None]], status: str
+) -> None:
+    (tmp_path / "job").mkdir()
+    lines = [json.dumps({"time": 1.0, "event": event, "then": then, "cause": "rank 1 died"}) for event, then in rows]
+    (tmp_path / "job/events.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert outcome_of(tmp_path, None, None, ["eval/loss"]).status == "failed"
+    (tmp_path / "job/stop").touch()
+    assert outcome_of(tmp_path, None, None, ["eval/loss"]).status == status
+
+
 def test_an_old_result_is_none_of_an_attempt_that_failed(tmp_path: Path) -> None:
     log = left(tmp_path / "run", GOOD)
     assert outcome_of(tmp_path / "run", log, 1, ["eval/loss"]).status == "failed"

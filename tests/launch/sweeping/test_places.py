@@ -1,5 +1,6 @@
 """Trials beside each other: GPUs that are one trial's alone, the launcher's command, the environment."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,16 @@ import pytest
 from filelock import FileLock
 
 from tunesmith.launch.sweeping import places
-from tunesmith.launch.sweeping.places import LocalSlots, is_busy, training_command, trial_environment, visible_gpus
+from tunesmith.launch.sweeping.places import (
+    Ended,
+    LocalAttempt,
+    LocalSlots,
+    NotNow,
+    is_busy,
+    training_command,
+    trial_environment,
+    visible_gpus,
+)
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.train.errors import ConfigError
 
@@ -52,6 +62,27 @@ def test_a_trial_of_two_ranks_waits_for_two_gpus(two_gpus: Plan, tmp_path: Path)
     with FileLock(tmp_path / "gpu-3.lock"):
         assert not slots.has_room()
     assert slots.has_room()
+
+
+def test_a_trial_whose_gpus_are_taken_between_the_look_and_the_start_waits(two_gpus: Plan, tmp_path: Path) -> None:
+    slots = LocalSlots(replace(two_gpus, settings=replace(two_gpus.settings, n_jobs=1)))
+    assert slots.has_room()
+    with FileLock(tmp_path / "gpu-3.lock"), pytest.raises(NotNow, match="faster to take its GPUs"):
+        slots.start(0, [], None)
+    assert slots.has_room(), "the GPU that was free is free again"
+    assert not two_gpus.log(0).exists()
+
+
+def test_a_trial_that_is_stopped_before_its_supervisor_listens_was_stopped() -> None:
+    asked, killed = (
+        LocalAttempt(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]), []) for _ in range(2)
+    )
+    asked.stop()
+    killed.process.kill()
+    for attempt in (asked, killed):
+        assert attempt.process.wait(30) < 0
+    assert asked.poll() == Ended(75)
+    assert killed.poll() == Ended(-9), "nobody asked it to end"
 
 
 def test_gpus_are_named_as_the_environment_names_them(two_gpus: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
