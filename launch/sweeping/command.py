@@ -17,6 +17,7 @@ from tunesmith.launch.sweeping.hydra_part import Locator, located
 from tunesmith.launch.sweeping.plan import make_plan
 from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, SweeperConfig
 from tunesmith.launch.sweeping.sweeper import TunesmithSweeper
+from tunesmith.launch.sweeping.typed_secrets import refuse_secrets
 from tunesmith.train.compose import SEARCH_SPACES, admit_raw_key, group_options
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError
 from tunesmith.train.stop import end
@@ -46,6 +47,8 @@ def sweep(arguments: list[str]) -> None:
 def run(overrides: list[str], config_dir: Path | None) -> int:
     """The exit code: 0 when a trial has finished, 75 when it was stopped, 1 when every trial failed."""
     parts = hydra_part.split(overrides)
+    typed = [text for text in parts.hydra if not text.startswith(f"{GROUP}.storage=")]  # it is written nowhere
+    refuse_secrets([*parts.training, *typed], "command line")
     folders = hydra_part.folders(config_dir)
     space = hydra_part.space_file(parts.space, folders) if parts.space is not None else None
     locate = Locator(overrides, space)

@@ -19,8 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tunesmith.launch.sweeping.hydra_checks import JOB_NAME, LAUNCHER_SETTINGS, LAUNCHERS, check_composed
 from tunesmith.launch.sweeping.plan import quoted
-from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, TARGET, Sampler, SweeperConfig
+from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, Sampler, SweeperConfig
 from tunesmith.train.compose import SEARCH_SPACES, admit_raw_key, parse_override
 from tunesmith.train.config import Config
 from tunesmith.train.errors import ConfigError
@@ -29,23 +30,8 @@ from tunesmith.train.places import CONF_DIR, line_of_key, one_line, shown
 from tunesmith.train.suggest import did_you_mean, nearest
 
 SWEEPERS = {"grid": Sampler.grid, "random": Sampler.random, "optuna": Sampler.tpe}
-BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
-LAUNCHERS = {
-    "basic": BASIC,
-    "submitit_local": f"{SUBMITIT}.LocalLauncher",
-    "submitit_slurm": f"{SUBMITIT}.SlurmLauncher",
-}
 CHOICES = {"hydra/sweeper": list(SWEEPERS), "hydra/launcher": list(LAUNCHERS)}
-# Numbers and names only: its `setup` is a list of shell commands, and additional_parameters may hold anything.
-LAUNCHER_SETTINGS = [
-    *("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name", "partition", "qos"),
-    *("constraint", "exclude", "gres", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu", "mem_per_cpu", "account"),
-    *("stderr_to_stdout", "signal_delay_s", "max_num_timeout", "array_parallelism"),
-]
 HEADER = f"# @package {GROUP}"
-RUNS_A_NAME = {"_target_", "_call_", "_args_", "_partial_", "class", "()"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,7 @@ def _check_hydra_override(text: str, key: str, value: Any) -> None:
             do="set hydra.sweeper.<setting>, hydra.launcher.<setting>, hydra/sweeper or hydra/launcher.",
         )
     known = SETTINGS if group == GROUP else LAUNCHER_SETTINGS
-    _check_setting(group, name, known, at)
+    _check_setting(group, name, list(known), at)
     if group == "hydra.launcher":
         _check_plain(key, value, at)
 
@@ -201,7 +187,7 @@ def search_path(config_dir: Path | None) -> list[str]:
 def initialised() -> Iterator[Any]:
     """Hydra over conf/."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="tunesmith"):
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name=JOB_NAME):
         yield GlobalHydra.instance().hydra
 
 
@@ -221,7 +207,7 @@ def composed(hydra: Any, arguments: Sequence[str], locate: "Locator") -> DictCon
         config = hydra.compose_config("config", list(arguments), RunMode.MULTIRUN, with_log_configuration=False)
     except (OmegaConfBaseException, HydraException) as error:
         raise _translated(error, locate) from None
-    check_composed(config)
+    check_composed(config, locate)
     return config
 
 
@@ -244,38 +230,6 @@ def _translated(error: BaseException, locate: "Locator") -> ConfigError:
     key = getattr(cause, "full_key", None) or GROUP
     text = str(cause).strip().split("\n", 1)[0].rstrip(".")
     return ConfigError(f"{key}: {text}.", at=locate(key), do="docs/sweeps.md lists the settings.")
-
-
-def check_composed(composed: DictConfig) -> None:
-    """Raises ConfigError for anything in hydra's node that names something to run, but for the two plugins."""
-    tree = OmegaConf.to_container(composed.hydra, resolve=False)
-    assert isinstance(tree, dict)
-    named = dict(_names(tree, "hydra"))
-    allowed = {f"{GROUP}._target_": [TARGET, BASIC_SWEEPER], "hydra.launcher._target_": list(LAUNCHERS.values())}
-    for path, value in named.items():
-        if value not in allowed.get(path, LOGGING.get(path, [])):
-            raise ConfigError(f"{path}={value!r} names something to run.", at=path, do="take it out.")
-    if tree.get("callbacks"):
-        raise ConfigError("hydra.callbacks name something to run.", at="hydra.callbacks", do="take them out.")
-
-
-# Hydra's own logging, which we do not start.
-LOGGING = {
-    f"hydra.{part}.handlers.{handler}.class": [kind]
-    for part in ("hydra_logging", "job_logging")
-    for handler, kind in (("console", "logging.StreamHandler"), ("file", "logging.FileHandler"))
-}
-
-
-def _names(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            if name in RUNS_A_NAME:
-                yield f"{path}.{name}", value
-            yield from _names(value, f"{path}.{name}")
-    elif isinstance(tree, list):
-        for number, value in enumerate(tree):
-            yield from _names(value, f"{path}[{number}]")
 
 
 class Locator:

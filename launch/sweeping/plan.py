@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from tunesmith.launch.sweeping.settings import DEFAULT_TRIALS, GROUP, Pruner, Sampler, SweeperConfig
 from tunesmith.launch.sweeping.space import Space, read_space
+from tunesmith.launch.sweeping.typed_secrets import is_secret, refuse_secrets
 from tunesmith.train.compose import compose_config
 from tunesmith.train.config import ClusterKind, Config, Device
 from tunesmith.train.errors import ConfigError
@@ -83,6 +84,7 @@ class Plan:
 
 def make_plan(settings: SweeperConfig, overrides: Sequence[str], config_dir: Path | None) -> Plan:
     """Raises ConfigError for overrides that do not compose, an empty space, or settings that do not fit it."""
+    refuse_secrets((f"{key}={value}" for key, value in settings.params.items()), f"{GROUP}.params")
     folders = [CONF_DIR, *([config_dir] if config_dir else [])]
     space = read_space(settings.params, overrides, folders)
     given = {text.lstrip("+").split("=", 1)[0]: text.split("=", 1)[1] for text in space.fixed if "=" in text}
@@ -93,6 +95,7 @@ def make_plan(settings: SweeperConfig, overrides: Sequence[str], config_dir: Pat
     first, *others = [compose_config(space.overrides(point), config_dir) for point in space.corners()]
     for composed in (first, *others):
         _check_metrics(settings, composed.config)
+    _check_names(first.config)
     searched = tuple(text for text in space.fixed if text.lstrip("+").split("=", 1)[0] != "output_dir")
     space = Space(space.dimensions, searched)
     words = re.sub(r"[^A-Za-z0-9_.-]+", "_", first.config.name)[:LONGEST_NAME]  # it becomes +exp=<name>
@@ -110,6 +113,15 @@ def make_plan(settings: SweeperConfig, overrides: Sequence[str], config_dir: Pat
     )
     _check_ranks(plan)
     return plan
+
+
+def _check_names(config: Config) -> None:
+    """They become the names of files, and of what a scheduler is given."""
+    for key, value in (("name", config.name), ("output_dir", config.output_dir or "")):
+        if is_secret(value):
+            raise ConfigError(f"{key} holds a secret, and a sweep writes it down.", key=key, do="take it out.")
+        if not value.isprintable():
+            raise ConfigError(f"{value!r} cannot name a folder.", key=key, do="use characters that can be seen.")
 
 
 def _check_sampler(settings: SweeperConfig, space: Space) -> None:

@@ -7,12 +7,15 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from tunesmith.launch.sweeping.hydra_checks import BASIC
 from tunesmith.launch.sweeping.hydra_launcher import HydraJobs, searched_folder
-from tunesmith.launch.sweeping.hydra_part import BASIC, check_trial
+from tunesmith.launch.sweeping.hydra_part import check_trial
 from tunesmith.launch.sweeping.places import LocalSlots, Place, SlurmJobs
 from tunesmith.launch.sweeping.plan import Plan, claim_folder, make_plan
-from tunesmith.launch.sweeping.settings import SweeperConfig
+from tunesmith.launch.sweeping.settings import GROUP, SweeperConfig
+from tunesmith.launch.sweeping.typed_secrets import is_secret
 from tunesmith.train.compose import SEARCH_SPACES
+from tunesmith.train.errors import ConfigError
 
 
 class TunesmithSweeper(Sweeper):
@@ -53,6 +56,14 @@ class TunesmithSweeper(Sweeper):
         launcher = self.config.hydra.launcher
         if launcher._target_ == BASIC:
             return SlurmJobs(plan) if plan.is_slurm else LocalSlots(plan)
+        given = OmegaConf.to_container(self.config.hydra.sweeper, resolve=False)
+        assert isinstance(given, dict)
+        if is_secret(str(given["storage"])):
+            raise ConfigError(
+                "the database holds a password, which Hydra's launcher would write down.",
+                at=f"{GROUP}.storage",
+                do="leave it to ~/.pgpass or the like, or use cluster=slurm without hydra/launcher.",
+            )
         with open_dict(self.config):
             self.config.hydra.sweep.dir = str(plan.folder / "hydra")
             self.config.hydra.sweep.subdir = "${hydra.job.num}"

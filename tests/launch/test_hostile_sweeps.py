@@ -1,4 +1,7 @@
-"""A sweep hands its config to Hydra, which runs what some of its keys name: none of them gets there."""
+"""A sweep hands its config to Hydra, which runs what some of its keys name: none of them gets there.
+
+Nor does a secret that somebody types get into its folder.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -7,11 +10,15 @@ from pathlib import Path
 import pytest
 
 from tunesmith.launch.sweeping.command import run
+from tunesmith.launch.sweeping.hydra_part import Locator, composed, initialised, register, split
 from tunesmith.train.errors import ConfigError
 
 PLANTED = "planted_by_a_sweep"  # a module that would leave the canary when it is imported
 HEAD = "# @package hydra.sweeper\n"
 SEARCH = "optimizer.learning_rate=1e-3,1e-2"
+SECRET = "Kanarie8-qW3eR5tY"
+BY_SLURM = "hydra/launcher=submitit_slurm"
+SLURM_LAUNCHER = "_target_: hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher\n"
 
 
 @pytest.fixture
@@ -106,6 +113,12 @@ def test_a_hostile_search_space_is_refused(text: str, tmp_path: Path) -> None:
         "# @package _global_\ndefaults:\n  - debug\n  - /exp@hydra.callbacks.x: evil\n",
         "# @package _global_\ndefaults:\n  - debug\n  - override /hydra/launcher: evil\n",
         "# @package _global_\ndefaults:\n  - debug\n  - /sweep: mine\n",
+        "# @package _global_\ndefaults:\n  - debug\nhydra:\n  job:\n    env_set: {PYTHONPATH: .}\n",
+        "# @package _global_\ndefaults:\n  - debug\nhydra:\n  job:\n    env_copy: [HF_TOKEN]\n",
+        '# @package _global_\ndefaults:\n  - debug\nhydra:\n  job:\n    name: "a\\ntouch canary #"\n',
+        "# @package _global_\ndefaults:\n  - debug\nhydra:\n  job:\n    chdir: true\n",
+        "# @package _global_\ndefaults:\n  - debug\nhydra:\n  sweep:\n    subdir: ../../elsewhere\n",
+        "# @package _global_\ndefaults:\n  - debug\nhydra:\n  output_subdir: ../../elsewhere\n",
     ],
 )
 def test_a_hostile_experiment_is_refused(text: str, tmp_path: Path) -> None:
@@ -119,3 +132,99 @@ def test_a_hostile_experiment_is_refused(text: str, tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             run([chosen, SEARCH], tmp_path / "conf")
         assert error.value.at
+
+
+@pytest.mark.usefixtures("canary")
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("hydra.launcher.partition='a\ntouch canary #'", "is nothing that SLURM takes"),
+        ("hydra.launcher.account='a;touch canary'", "is nothing that SLURM takes"),
+        ("hydra.launcher.name='$(touch canary)'", "is nothing that SLURM takes"),
+        ("hydra.launcher.gres='gpu:1 --wrap=x'", "is nothing that SLURM takes"),
+        ("hydra.launcher.qos=--wrap", "is nothing that SLURM takes"),
+        ("hydra.launcher.partition=${oc.env:HOME}", "is nothing that SLURM takes"),
+        ("hydra.launcher.exclude='n1,`touch canary`'", "is nothing that SLURM takes"),
+        ("hydra.launcher.constraint='a&b\n#SBATCH --wrap=x'", "is nothing that SLURM takes"),
+        ("hydra.launcher.comment=x", "has no setting 'comment'"),
+        ("hydra.launcher.submitit_folder=/tmp/elsewhere", "has no setting 'submitit_folder'"),
+        ("hydra.launcher.array_parallelism=4", "has no setting 'array_parallelism'"),
+        ("output_dir='a\ntouch canary #'", "cannot name a folder"),
+    ],
+)
+def test_no_value_becomes_a_line_of_a_jobs_script(override: str, said: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with pytest.raises(ConfigError, match=said) as error:
+        run(["+exp=debug", SEARCH, BY_SLURM, override], None)
+    assert error.value.at
+
+
+@pytest.mark.usefixtures("canary")
+@pytest.mark.filterwarnings("ignore:(?s).*is validated against ConfigStore schema with the same name:UserWarning")
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("setup: [touch canary]\n", "setup"),
+        ("teardown: [touch canary]\n", "teardown"),
+        ("srun_args: [--multi-prog, canary]\n", "srun_args"),
+        ("additional_parameters: {wrap: touch canary}\n", "additional_parameters"),
+        ("python: ./canary\n", "python"),
+        ("submitit_folder: /tmp/elsewhere\n", "submitit_folder"),
+        ("timeout_min: 1;touch canary\n", "timeout_min"),
+        ("partition: {x: y}\n", "partition"),
+    ],
+)
+def test_a_hostile_launcher_in_the_place_of_submitits_is_refused(text: str, named: str, tmp_path: Path) -> None:
+    folder = tmp_path / "conf/hydra/launcher"
+    folder.mkdir(parents=True)
+    (folder / "submitit_slurm.yaml").write_text(SLURM_LAUNCHER + text)
+    with pytest.raises(ConfigError, match=named) as error:
+        run(["+exp=debug", SEARCH, BY_SLURM], tmp_path / "conf")
+    assert error.value.at
+
+
+def test_what_slurm_takes_is_taken() -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    values = {"partition": "'gpu,large'", "account": "lab.a@x", "exclude": "'n[1-3],n5'", "constraint": "'(a|b)&c'"}
+    values |= {"gres": "gpu:a100:2", "mem_per_gpu": "40G", "timeout_min": "60", "stderr_to_stdout": "true"}
+    values |= {"qos": "null", "name": "my-sweep"}
+    register()
+    with initialised() as hydra:
+        overrides = [BY_SLURM, *(f"hydra.launcher.{name}={value}" for name, value in values.items())]
+        assert split(overrides).hydra == overrides
+        config = composed(hydra, ["+exp=debug", "hydra/sweeper=grid", *overrides], Locator(overrides, None))
+    assert config.hydra.launcher.constraint == "(a|b)&c"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"track.group='password={SECRET}'",
+        f"track.group='password={SECRET}',plain",
+        f"track.tags=[a,'password={SECRET}']",
+        f"data.train=https://me:{SECRET}@host/x.jsonl",
+        f"engine.deepspeed.vault.password={SECRET}",
+        f"engine.deepspeed.vault={{password:{SECRET}}}",
+        f"hydra.sweeper.params={{track.group:'password={SECRET},b'}}",
+        f"hydra.launcher.name=hf_{SECRET.replace('-', '')}{'aQ7' * 9}",
+        f"optimizer.beta2=0.9,0.95,'password={SECRET}'",
+        "name=bot-${oc.env:OPENAI_API_KEY}",
+        "output_dir=runs/${oc.env:OPENAI_API_KEY}",
+        f"hydra.sweeper.storage=sqlite://me:{SECRET}@host/x {BY_SLURM}",
+    ],
+)
+@pytest.mark.usefixtures("canary")
+def test_a_typed_secret_is_refused_and_written_nowhere(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    with pytest.raises(ConfigError, match=r"holds a (secret|password)") as error:
+        run(["+exp=debug", SEARCH, *override.split(" ")], None)
+    assert SECRET not in str(error.value)
+    assert error.value.at
+    held = [path for path in tmp_path.rglob("*") if SECRET in str(path) or SECRET.encode() in _bytes(path)]
+    assert held == []
+
+
+def _bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""

@@ -1,0 +1,34 @@
+"""Secrets on the command line of a sweep are refused: what is searched stands in its folder and in its trials' argv."""
+
+from collections.abc import Iterable
+
+from tunesmith.train.compose import parse_override
+from tunesmith.train.errors import ConfigError
+from tunesmith.train.redact import redact, redact_text
+
+
+def refuse_secrets(overrides: Iterable[str], at: str) -> None:
+    """at: where they stand. Raises ConfigError, which does not quote the secret."""
+    for text in overrides:
+        key = text.split("=", 1)[0]
+        if holds_secret(text):
+            raise ConfigError(
+                f"{key} holds a secret, and a sweep writes down what it is given.",
+                at=f"{at}: {key}=...",
+                do="take it out: HF_TOKEN, WANDB_API_KEY and the like are read from the environment.",
+            )
+
+
+def holds_secret(text: str) -> bool:
+    """Whether an override holds what would be hidden where it is printed: by its names, values or shape."""
+    ends = [number + 1 for number, letter in enumerate(text) if letter == "="]  # track.group='password=...' is nested
+    if any(is_secret(text[start:]) for start in (0, *ends)):
+        return True
+    override = parse_override(text)
+    tree = {override.key_or_group: override.value()}
+    return redact(tree) != tree
+
+
+def is_secret(text: str) -> bool:
+    """Whether a text would not be printed as it is."""
+    return redact_text(text) != text
