@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.launch.sweeping import charts
+from tunesmith.launch.sweeping import axes
 from tunesmith.launch.sweeping.page import render_page
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.launch.sweeping.report import write_report
@@ -67,14 +67,14 @@ def test_a_page_of_little_is_a_page(values: list[list[float] | None]) -> None:
 
 
 def test_a_diverged_trial_does_not_squash_the_others() -> None:
-    assert charts.worth_showing([1.0, 1.2, 1.4, 1.5, 900.0], "minimize") == [1.0, 1.2, 1.4, 1.5]
-    assert charts.worth_showing([0.9, 0.8, 0.7, 0.75, -50.0], "maximize") == [0.9, 0.8, 0.7, 0.75]
-    assert charts.worth_showing([2.0, 2.0, 2.0, 5.0], "minimize") == [2.0, 2.0, 2.0, 5.0]
+    assert axes.worth_showing([1.0, 1.2, 1.4, 1.5, 900.0], "minimize") == [1.0, 1.2, 1.4, 1.5]
+    assert axes.worth_showing([0.9, 0.8, 0.7, 0.75, -50.0], "maximize") == [0.9, 0.8, 0.7, 0.75]
+    assert axes.worth_showing([2.0, 2.0, 2.0, 5.0], "minimize") == [2.0, 2.0, 2.0, 5.0]
 
 
 @pytest.mark.parametrize(("low", "high"), [(1e-5, 1e-3), (1e-5, 0.3), (0.9, 1.1), (3.0, 3.0)])
 def test_an_axis_in_the_logarithm_has_its_values_and_round_numbers(low: float, high: float) -> None:
-    axis = charts.axis([low, high], is_log=True)
+    axis = axes.axis([low, high], is_log=True)
     assert axis.low <= low <= high <= axis.high
     assert 0 <= axis.share(low) <= axis.share(high) <= 1
     assert axis.ticks
