@@ -11,7 +11,7 @@ from optuna.trial import Trial, TrialState
 from tunesmith.launch.supervise import newest_checkpoint
 from tunesmith.launch.sweeping.hydra_part import check_trial
 from tunesmith.launch.sweeping.outcome import Outcome, curve, outcome_of
-from tunesmith.launch.sweeping.places import Attempt, NotNow, Place, is_busy
+from tunesmith.launch.sweeping.places import Attempt, NotNow, Place, has_job, is_busy
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.launch.sweeping.report import experiment_commands, write_report
 from tunesmith.launch.sweeping.result import best_trials
@@ -132,7 +132,7 @@ class Driver:
     def _start(self, running: Running) -> None:
         trial = running.trial
         folder = self._plan.trial_folder(trial.number)
-        if is_busy(folder) and "job_id" not in trial.user_attrs:  # a job is found in the queue again
+        if is_busy(folder) and not has_job(folder):  # a job is found in the queue again
             return  # looked at again in the next round
         overrides = self._plan.overrides(trial.number, trial.params)
         goes_on = newest_checkpoint(folder)

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError, TrainingError, TunesmithError
-from tunesmith.train.run_folder import OURS
+from tunesmith.train.run_folder import JOB, OURS
 
 LAUNCH = Path(__file__).absolute().parents[1]
 # Of the process that starts the sweep: a trial is no rank of it.
@@ -84,6 +84,11 @@ def is_busy(folder: Path) -> bool:
             return False
     except Timeout:
         return True
+
+
+def has_job(folder: Path) -> bool:
+    """Whether a trial was handed to SLURM."""
+    return (folder / JOB / "job.json").is_file()
 
 
 def training_command(

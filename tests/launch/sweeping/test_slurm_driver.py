@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tunesmith.launch.cluster.queue import COLUMNS
 from tunesmith.launch.sweeping import places
@@ -146,3 +147,26 @@ def test_jobs_that_wait_in_the_queue_are_stopped_though_slurm_is_silent_at_first
     jobs_of(plan).run()
     assert [trial["status"] for trial in report_of(plan)["trials"]] == ["finished", "finished"]
     assert len(ids(slurm)) == 4
+
+
+def test_a_job_whose_driver_was_killed_before_it_noted_it_down_is_followed_not_started_twice(
+    plan_of: Callable[..., Plan], jobs_of: Jobs, trials_of: Callable[[Plan], Trials], slurm: Path, report_of: Any
+) -> None:
+    plan = plan_of(SEARCH, n_trials=1)
+    killed = trials_of(plan)
+    trial = killed.claim_next(may_begin=True)
+    assert trial is not None
+    SlurmJobs(plan).start(0, plan.overrides(0, trial.params), None)
+    killed.close()
+    folder = plan.trial_folder(0)
+
+    def finish() -> None:
+        (folder / "model").mkdir()
+        (folder / "summary.json").write_text('{"status": "finished", "eval": {"loss": 0.5}}')
+        (slurm / "job-41").write_text("COMPLETED")
+
+    after(1.0, finish)
+    with FileLock(folder / ".tunesmith-lock"):  # the training has it for as long as it runs
+        jobs_of(plan).run()
+    assert [trial["status"] for trial in report_of(plan)["trials"]] == ["finished"]
+    assert ids(slurm) == ["job-41"]
