@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError, Stopped, TunesmithError
+from tunesmith.train.errors import ConfigError, Stopped, TunesmithError
 from tunesmith.train.redact import print_traceback, redact_text, redact_uncaught
-from tunesmith.train.stop import end, rank_in_environment, report_end
+from tunesmith.train.stop import end, end_stopped, rank_in_environment, report_end
 
 EXIT_INTERRUPTED = 130  # Ctrl-C in a script that has nothing to save
 OTHERS_WAIT_SECONDS = 15.0  # for rank 0 to have said it first
@@ -83,13 +83,13 @@ def main(body: Callable[[list[str]], object]) -> NoReturn:
     except Stopped as stopped:
         sys.stdout.flush()
         sys.stderr.flush()
-        end(EXIT_STOPPED, stopped.reason)
+        end_stopped(stopped.reason)
     except TunesmithError as error:
         if rank_in_environment() > 0:
             time.sleep(OTHERS_WAIT_SECONDS)
         sys.stderr.write(f"{redact_text(str(error))}\n")
         sys.stderr.flush()
-        end(EXIT_MISTAKE)
+        end(error.exit_code, redact_text(" ".join(error.what.split())))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.stderr.flush()

@@ -35,7 +35,7 @@ def begin(out: Path) -> str:
 def command(out: Path, run_dir: Path, nonce: str) -> list[str]:
     """What srun is to start, once on each node."""
     module = "tunesmith.launch.preflight"
-    return [sys.executable, "-m", module, "--out", str(out), "--run-dir", str(run_dir), "--nonce", nonce]
+    return [sys.executable, "-P", "-m", module, "--out", str(out), "--run-dir", str(run_dir), "--nonce", nonce]
 
 
 def report(out: Path, run_dir: Path, nonce: str) -> bool:

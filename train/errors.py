@@ -23,13 +23,17 @@ class TunesmithError(Exception):
         what: the problem in one sentence, with its numbers.
         at: the place: a config key with file and line, `data.jsonl:12`, a folder.
         do: the remedy.
+        exit_code: EXIT_MISTAKE where the same command would meet it again; 1 where it may pass.
     """
 
-    def __init__(self, what: str, *, at: str | None = None, do: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, at: str | None = None, do: str | None = None, exit_code: int = EXIT_MISTAKE
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.at = at
         self.do = do
+        self.exit_code = exit_code
 
     def __str__(self) -> str:
         lines = [f"{type(self).__name__}: {self.what}"]

@@ -56,28 +56,19 @@ def token_from_environment() -> Token:
 
 def token_in(folder: Path) -> Token | None:
     """The token in a run folder; None without one, or with one that is not ours to read. Raises OSError."""
-    found = _read(folder)
-    return found[0] if found else None
-
-
-def supersedes(token: Token, folder: Path) -> bool:
-    """Whether whoever holds the folder's lock is an earlier start of the same job."""
-    found = _read(folder)
-    if found is None or found[0].launch != token.launch:
-        return False
-    there, trains = found
-    return there.restart < token.restart or (there == token and not trains)
-
-
-def _read(folder: Path) -> tuple[Token, bool] | None:
-    """The token in a folder, and whether its ranks have taken it, not only the driver of their job."""
     try:
         tree = json.loads((folder / FILE).read_bytes())
-        return Token(str(tree["launch"]), int(tree["restart"])), bool(tree["trains"])
+        return Token(str(tree["launch"]), int(tree["restart"]))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def supersedes(token: Token, folder: Path) -> bool:
+    """Whether the attempt that has the folder is an earlier start of the same job."""
+    there = token_in(folder)
+    return there is not None and there.launch == token.launch and there.restart < token.restart
 
 
 class Fence:
@@ -87,14 +78,17 @@ class Fence:
         self._folder: Path | None = None
         self._token: Token | None = None
 
-    def take(self, folder: Path, token: Token, *, trains: bool = True) -> None:
-        """The folder is this attempt's from now on. Raises OSError.
+    def take(self, folder: Path, token: Token) -> None:
+        """The folder is this attempt's from now on: for rank 0, and before it the driver of its job.
 
-        trains: False from the driver of a job, which comes before the ranks; else only rank 0 may call.
+        Raises OSError, and Superseded when a later start of the same job has it.
         """
+        there = token_in(folder)
+        if there is not None and there.launch == token.launch and there.restart > token.restart:
+            raise _superseded(there, token, folder)
         self.leave()
-        if _read(folder) != (token, trains):
-            _write(folder / FILE, json.dumps(asdict(token) | {"trains": trains}).encode())
+        if there != token:
+            _write(folder / FILE, json.dumps(asdict(token)).encode())
         self.join(folder, token)
 
     def join(self, folder: Path, token: Token) -> None:
@@ -111,11 +105,7 @@ class Fence:
             return
         there = token_in(self._folder)
         if there is not None and there != self._token:
-            raise Superseded(
-                f"{there} has taken over this run; this attempt ({self._token}) stops without writing.",
-                at=str(self._folder),
-                do="nothing: the newer attempt goes on.",
-            )
+            raise _superseded(there, self._token, self._folder)
 
     def watch(self, on_lost: Callable[[Superseded], None]) -> None:
         """Looks every LOOK_SECONDS in a thread of its own, which a dead file system may hold up for ever."""
@@ -136,6 +126,11 @@ class Fence:
 
 
 fence = Fence()
+
+
+def _superseded(there: Token, token: Token | None, folder: Path) -> Superseded:
+    what = f"{there} has taken over this run; this attempt ({token}) stops without writing."
+    return Superseded(what, at=str(folder), do="nothing: the newer attempt goes on.")
 
 
 def _write(path: Path, content: bytes) -> None:

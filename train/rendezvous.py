@@ -37,11 +37,13 @@ def meet(rank: int, world_size: int, minutes: float, backend: str) -> dist.Store
             _who_is_missing(store, rank, world_size, minutes),
             at=f"the meeting of the ranks at {place}",
             do="look at what those ranks print; cluster.start_timeout_minutes sets how long the others wait.",
+            exit_code=1,
         ) from None
     try:
         said = store.multi_get(everyone)
     except RuntimeError:  # rank 0 has found it first, and says it
-        raise TrainingError(f"rank 0 ended while rank {rank} met it.", at=f"the meeting at {place}") from None
+        what = f"rank 0 ended while rank {rank} met it."
+        raise TrainingError(what, at=f"the meeting at {place}", exit_code=1) from None
     _check_backends([value.decode().split(" ", 1) for value in said])
     return store
 
@@ -87,12 +89,14 @@ def _no_store(error: RuntimeError, rank: int, place: str, minutes: float) -> Tra
             f"port {place.rpartition(':')[2]} is taken by another program.",
             at=f"MASTER_PORT, where rank {rank} waits for the others",
             do="end that program, or choose another port: --master_port of deepspeed and torchrun, or MASTER_PORT.",
+            exit_code=1,
         )
     reason = " ".join(str(error).split())[:200]
     return TrainingError(
         f"rank {rank} could not reach rank 0 within {minutes:g} minutes: {reason}",
         at=f"MASTER_ADDR:MASTER_PORT = {place}",
         do="check that rank 0 has started and that the address can be reached from here.",
+        exit_code=1,
     )
 
 

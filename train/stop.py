@@ -26,6 +26,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAUNCHER_GONE = "the launcher has gone"
 ELSEWHERE = "another rank was asked to stop"
 ENDS = "TUNESMITH_ENDS"  # environment: a supervisor's folder, in which each rank leaves its exit code
+QUIETLY = "TUNESMITH_STOP_QUIETLY"  # environment: a run that was stopped ends with 0; what it left in ENDS says so
 RUNNING = "running"  # what a rank leaves there until then; one that is killed never leaves anything else
 LOOK_SECONDS = 0.5  # between two looks at the launchers
 UNWIND_SECONDS = 3.0  # for the main thread to release its locks and temporary folders; then the process ends anyway
@@ -172,3 +173,13 @@ def end(code: int, reason: str = "") -> NoReturn:
     """Ends this process now, from any thread."""
     report_end(code, reason)
     os._exit(code)
+
+
+def end_stopped(reason: str) -> NoReturn:
+    """Ends a process whose run was stopped, all ranks together: with EXIT_STOPPED, or 0 where that is asked for.
+
+    In a SLURM job it is: at another code srun ends the step by its number, and SLURM repeats that 10 s later where a
+    node was slow to answer, when the next start of the job has a step of the same number (seen in 22.05).
+    """
+    report_end(EXIT_STOPPED, reason)
+    os._exit(0 if os.environ.get(QUIETLY) else EXIT_STOPPED)

@@ -22,7 +22,7 @@ from tunesmith.train import cause as causes
 from tunesmith.train.board import Board, Claim, Slot, State, make_board_file
 from tunesmith.train.cause import Cause
 from tunesmith.train.distributed import World, barrier, num_collectives
-from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, TunesmithError
+from tunesmith.train.errors import EXIT_STOPPED, TunesmithError
 from tunesmith.train.failure import (
     RunFiles,
     collect_stacks,
@@ -91,7 +91,11 @@ class Watchdog:
             forget_failure(folder)
 
     def superseded(self, lost: Superseded) -> None:
-        """A newer attempt has the run folder: this one ends, and leaves nothing there. From any thread."""
+        """A newer attempt has the run folder: this one ends, and leaves nothing there. From any thread.
+
+        Nor does it close the tracker: the run in W&B is the newer attempt's, and has not failed.
+        """
+        self._closing = lambda line: None
         self._tell(Cause(self.world.rank, progress.step, progress.phase, "superseded", lost.what))
 
     def leave(self) -> None:
@@ -108,7 +112,7 @@ class Watchdog:
             if self.world.rank > 0:
                 self._wait_for_claim(RANK_0_FIRST)
             # Input that has been trained on can be run: what goes wrong then may not go wrong at the next attempt.
-            self.tell(cause, f"{error}\n", exit_code=EXIT_MISTAKE if self._first_step is None else 1)
+            self.tell(cause, f"{error}\n", exit_code=error.exit_code if self._first_step is None else 1)
         if is_lost_peer(error):
             self._wait_for_claim(LOST_PEER_SECONDS)
             self._tell_lost()

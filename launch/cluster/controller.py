@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 
 from tunesmith.launch.cluster.queue import ANSWER_SECONDS
@@ -35,9 +36,15 @@ def requeue(job_id: str, exclude: Sequence[str]) -> str:
     done = _scontrol("requeue", job_id)
     if done.returncode:
         return " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-    if exclude:
-        _scontrol("update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
+    done = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")  # an empty list clears it
+    if done.returncode:
+        sys.stdout.write(f"job: SLURM does not leave out {', '.join(exclude)}: {' '.join(done.stderr.split())}\n")
     return ""
+
+
+def may_pass(problem: str) -> bool:
+    """Whether what SLURM said is that its controller is away."""
+    return bool(re.search(r"no answer|Unable to contact|timed out|Connection refused|Zero Bytes", problem))
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -40,9 +40,9 @@ def sick_nodes(folder: Path) -> dict[str, str]:
     return {str(row["node"]): str(row.get("reason", "")) for row in rows if row.get("node")}
 
 
-def restarts_without_progress(rows: list[dict[str, Any]], submitted: float) -> int:
-    """How many ends in a row, the last ones of this job, came without a newer checkpoint than the end before."""
-    steps = [int(row["step"]) for row in rows if row["event"] == "ended" and row["time"] >= submitted and "step" in row]
+def restarts_without_progress(rows: list[dict[str, Any]]) -> int:
+    """How many ends in a row, the last ones of a job, came without a newer checkpoint than the end before."""
+    steps = [int(row["step"]) for row in rows if row["event"] == "ended" and "step" in row]
     count = 0
     for number, step in enumerate(steps):
         count = 0 if step > max(steps[:number], default=0) else count + 1

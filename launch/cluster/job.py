@@ -23,26 +23,25 @@ from tunesmith.launch import preflight
 from tunesmith.launch.arguments import main
 from tunesmith.launch.attempt import Ended
 from tunesmith.launch.cluster import controller, steps
-from tunesmith.launch.cluster.events import append, events_of, restarts_without_progress, sick_nodes
-from tunesmith.launch.cluster.job_folder import FOLDER, find_job, write_job
+from tunesmith.launch.cluster.events import append, restarts_without_progress, sick_nodes
+from tunesmith.launch.cluster.job_folder import FOLDER, JobFolder, find_job, make_room, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.outcome import Outcome, cause_of_failure, ends_of, ill, mistake, named_by_the_run
-from tunesmith.launch.cluster.queue import JobFacts, job_facts
+from tunesmith.launch.cluster.standing import CONTROLLER_SECONDS, RETRY_SECONDS, Standing
 from tunesmith.launch.supervise import newest_checkpoint
-from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError, TunesmithError
+from tunesmith.train import run_folder
+from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
 from tunesmith.train.fault_plan import RESTART
-from tunesmith.train.fence import Superseded, fence, token_from_environment
+from tunesmith.train.fence import fence, token_from_environment
 from tunesmith.train.node_facts import SICK_NODES
 from tunesmith.train.redact import redact_text
-from tunesmith.train.run_folder import is_finished
-from tunesmith.train.stop import ENDS, RUNNING, end
+from tunesmith.train.stop import ENDS, QUIETLY, RUNNING, end
 
 PREFLIGHT_SECONDS = 120.0
 PROBE_SECONDS = 20.0  # for a node to answer, of whose ranks nothing was heard
 LAST_RANKS_SECONDS = 60.0  # for the other ranks once one has ended: srun may wait for a dead node much longer
-CONTROLLER_SECONDS = 3600.0  # for SLURM's controller to answer, before the job gives up
-RETRY_SECONDS = 5.0
 POLL_SECONDS = 0.1
+CANCELLED = Outcome("it was cancelled", "stopped", EXIT_STOPPED)
 
 
 @dataclass(frozen=True)
@@ -64,51 +63,61 @@ class Allocation:
 
 
 class Driver:
-    """One start of a job, from its first line to its last."""
+    """One start of a job, from its first line to its last. Raises ConfigError when another run has the folder."""
 
     def __init__(self, spec: JobSpec, allocation: Allocation) -> None:
         self._spec = spec
         self._here = allocation
+        self._standing = Standing(allocation.job_id, allocation.restart)
         self._folder = spec.run_dir / FOLDER
         self._began = time.time()
         self._told = False  # SLURM has sent SIGTERM: this job is being cancelled, requeued or preempted
+        self._told_is_noted = False
 
     def run(self) -> int:
         """The exit code of the job."""
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the ranks
-        self._folder.mkdir(parents=True, exist_ok=True)
-        fence.take(self._spec.run_dir, token_from_environment(), trains=False)
-        if find_job(self._spec.run_dir) is None:  # the script was submitted by hand
-            write_job(self._spec, self._here.job_id, time.time())
+        self._take_folder()
         self._explain_last_end()
         self._note("started", nodes=list(self._here.nodes))
-        outcome = self._too_often() or self._preflight() or self._train()
-        return self._end(outcome)
+        return self._end(self._refuse() or self._preflight() or self._train())
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         self._told = True
 
+    def _take_folder(self) -> None:
+        """First: an earlier start of this job, on a node that is cut off, writes nothing from here on."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        token = token_from_environment()
+        lock = run_folder.hold(self._spec.run_dir, token)
+        fence.take(self._spec.run_dir, token)
+        lock.release()  # the ranks take it
+        job = find_job(self._spec.run_dir)
+        if job is None or job.job_id != self._here.job_id:  # the script was submitted by hand
+            make_room(self._folder)
+            write_job(self._spec, self._here.job_id, time.time())
+
+    @property
+    def _job(self) -> JobFolder:
+        return JobFolder(self._spec.run_dir, self._here.job_id)
+
     def _explain_last_end(self) -> None:
         """The start before this one may have been ended with its node, before it could say so."""
-        turns = [row for row in self._own_events() if row["event"] in ("started", "ended")]
+        turns = [row for row in self._job.own_events() if row["event"] in ("started", "ended")]
         if not self._here.restart or not turns or turns[-1]["event"] != "started":
             return
         nodes = [str(node) for node in turns[-1].get("nodes") or []]
         cause = ill(nodes) or "SLURM requeued it: preempted, requeued by hand, or a node that is well again"
-        step = newest_checkpoint(self._spec.run_dir)
-        append(self._folder, turns[-1]["restart"], "ended", cause=cause, then="requeued", step=step)
+        self._note_end(cause, "requeued", restart=int(turns[-1]["restart"]))
         tell(f"restart {self._here.restart} of job {self._here.job_id}, since {cause}")
 
-    def _own_events(self) -> list[dict]:
-        job = find_job(self._spec.run_dir)
-        since = job.submitted if job and job.submitted else 0.0
-        return [row for row in events_of(self._folder) if float(row.get("time") or 0) >= since]
-
-    def _too_often(self) -> Outcome | None:
-        if self._here.restart <= self._spec.max_restarts:
-            return None
-        return Outcome(f"it was started {self._here.restart} times again (cluster.max_restarts)", "failed", 1)
+    def _refuse(self) -> Outcome | None:
+        if self._job.stop_file.exists():
+            return CANCELLED
+        if self._here.restart > self._spec.max_restarts:
+            return Outcome(f"it was started {self._here.restart} times again (cluster.max_restarts)", "failed", 1)
+        return None
 
     def _preflight(self) -> Outcome | None:
         """None when all nodes are fit."""
@@ -118,18 +127,17 @@ class Driver:
         nonce = preflight.begin(out)
         command = steps.on_each_node(self._spec, preflight.command(out, self._spec.run_dir, nonce))
         said = _said(command, PREFLIGHT_SECONDS)
-        if self._told:
-            self._note_told()
-            return Outcome("it was told to end before its ranks had started", "stopped", EXIT_STOPPED)
+        if self._told or self._job.stop_file.exists():
+            return CANCELLED
         sick = preflight.verdict(out, self._here.nodes, gpus=self._spec.gpus_per_node, said=said)
-        for one in sick:
-            self._note("sick", node=one.node, reason=one.reason)
-            tell(f"node {one.node}: {one.reason}" if one.node else one.reason)
+        named = {one.node: one.reason for one in sick if one.node}
+        if len(named) == len(self._here.nodes):  # it was the step that failed, or was told to end
+            return Outcome("the look at its nodes was ended, or could not be started", "again", 1)
+        self._note_sick(named)
         if not sick:
             return None
-        if all(one.node for one in sick):
-            names = ", ".join(one.node for one in sick)
-            return Outcome(f"not fit: {names} ({sick[0].reason})", "again", 1)
+        if len(named) == len(sick):
+            return Outcome(f"not fit: {', '.join(named)} ({sick[0].reason})", "again", 1)
         return Outcome(f"{sick[0].reason} {sick[0].do}", "failed", EXIT_MISTAKE)
 
     def _train(self) -> Outcome:
@@ -141,7 +149,7 @@ class Driver:
             old.unlink()
         goes_on = ["resume.source=auto"] if newest_checkpoint(run_dir) else []
         command = steps.training(self._spec, restart, [*self._spec.overrides, *goes_on])
-        ours = {ENDS: str(ends), RESTART: str(restart), SICK_NODES: str(sick), "PYTHONUNBUFFERED": "1"}
+        ours = {ENDS: str(ends), RESTART: str(restart), SICK_NODES: str(sick), QUIETLY: "1", "PYTHONUNBUFFERED": "1"}
         ended = self._wait(subprocess.Popen(command, env=os.environ | ours, stdin=subprocess.DEVNULL), ends)
         return self._judge(ended, sick)
 
@@ -151,140 +159,135 @@ class Driver:
         The srun of a start that was cut off is killed before its ranks end: it would end the step of that number, which
         is the newer start's by now, as soon as the controller hears it (seen in 22.05).
         """
-        first_end, noted = None, False
+        first_end = None
+        self._standing.note_limit()
         while srun.poll() is None:
             time.sleep(POLL_SECONDS)
-            if self._is_fenced_off():
+            if self._standing.is_fenced_off():
                 _forget(srun)
-            if self._told and not noted:
-                noted = True
-                self._note_told()
+            self._note_told()
             said = ends_of(ends)
-            if first_end is None and any(one != RUNNING for one in said.values()):
-                first_end = time.monotonic()
             failed = any(one != RUNNING and one.split()[:1] != ["0"] for one in said.values())
-            if failed and first_end is not None and time.monotonic() - first_end > LAST_RANKS_SECONDS:
+            first_end = first_end or (time.monotonic() if failed else None)
+            if first_end is not None and time.monotonic() - first_end > LAST_RANKS_SECONDS:
                 srun.kill()
         return Ended(srun.wait(), ends_of(ends))
 
     def _note_told(self) -> None:
         """At once: this process may be killed before the ranks have ended."""
-        facts = self._facts()
-        step = newest_checkpoint(self._spec.run_dir)
-        if facts and facts.restarts > self._here.restart:
+        facts = self._standing.facts() if self._told and not self._told_is_noted else None
+        if facts is None:
+            return
+        self._told_is_noted = True
+        if self._standing.was_restarted(facts):
             known = (cause_of_failure(self._spec.run_dir, self._began), ill(self._here.nodes))
             cause = "; ".join(filter(None, known)) or "requeued by hand, or preempted"
-            self._note("ended", cause=cause, then="requeued", step=step)
+            self._note_end(cause, "requeued")
             tell(f"requeued by SLURM: {cause}")
-        elif not self._time_is_over(facts):
-            self._note("ended", cause="cancelled", then="stopped", step=step)
+        elif not self._standing.time_is_over():
+            self._note_end("cancelled", "stopped")
 
-    def _facts(self) -> JobFacts | None:
-        try:
-            return job_facts(self._here.job_id)
-        except TunesmithError:  # the controller is away
-            return None
-
-    def _is_fenced_off(self) -> bool:
-        try:
-            fence.check()
-        except Superseded:
-            return True
-        except OSError:  # the file system is away
-            return False
-        return False
-
-    def _is_superseded(self) -> bool:
-        """Whether this node was cut off, and the job has been started again on others meanwhile.
-
-        Waits for the controller: what a node that is cut off says of the job is not what becomes of it.
-        """
-        deadline = time.monotonic() + CONTROLLER_SECONDS
-        while True:
-            if self._is_fenced_off():
-                return True
-            facts = self._facts()
-            if facts is not None or time.monotonic() > deadline:
-                return facts is not None and facts.restarts > self._here.restart
-            time.sleep(RETRY_SECONDS)
-
-    def _time_is_over(self, facts: JobFacts | None) -> bool:
-        return facts is not None and facts.end_time is not None and time.time() >= facts.end_time - 1.0
+    def _is_cancelled(self) -> bool:
+        return self._job.stop_file.exists() or (self._told and not self._standing.time_is_over())
 
     def _judge(self, ended: Ended, sick: Path) -> Outcome:
-        if ended.finished or (ended.code == 0 and is_finished(self._spec.run_dir)):
+        if ended.finished or (ended.code == 0 and run_folder.is_finished(self._spec.run_dir)):
             return Outcome("the run has finished", "finished", 0)
+        if self._standing.is_fenced_off():
+            return Outcome("this node was cut off", "again", 1)
         if ended.mistake and not sick.exists():
             return Outcome(mistake(ended), "failed", EXIT_MISTAKE)
-        if self._told and not self._time_is_over(self._facts()):
-            return Outcome("it was told to end", "stopped", EXIT_STOPPED)
-        if (self._folder / "stop").exists():
-            return Outcome("it was cancelled, its ranks first being asked to save", "stopped", EXIT_STOPPED)
+        if self._is_cancelled():
+            return CANCELLED
         if ended.was_stopped:
             reasons = sorted({said.split()[1] for said in ended.ranks.values() if len(said.split()) > 1} - {"another"})
             return Outcome(f"its ranks stopped, being asked to ({', '.join(reasons) or 'together'})", "again", 75)
         lost = self._lost_nodes(ended) | named_by_the_run(sick)
-        for node, reason in lost.items():
-            self._note("sick", node=node, reason=reason)
+        self._note_sick(lost)
         names = "".join(f"; node {node}: {reason}" for node, reason in lost.items())
         cause = cause_of_failure(self._spec.run_dir, self._began) or ended.how
         return Outcome(f"{cause}{names}", "again", ended.code or 1)
 
     def _lost_nodes(self, ended: Ended) -> dict[str, str]:
-        """Of the nodes whose ranks said nothing to the end: those that do not answer."""
+        """Of the nodes whose ranks said nothing to the end: those that do not answer, if SLURM itself does."""
         per_node = self._spec.ranks_per_node
         silent = [rank for rank in range(self._spec.world_size) if ended.ranks.get(rank, RUNNING) == RUNNING]
         nodes = sorted({self._here.nodes[rank // per_node] for rank in silent} - {self._here.nodes[0]})
+        if not nodes or self._standing.facts() is None:
+            return {}
         lost = controller.ill_nodes(nodes)
         for node in [node for node in nodes if node not in lost]:
+            if self._is_cancelled():
+                break
             if _said(steps.on_node(node, ["echo", "here"]), PROBE_SECONDS).strip() != "here":
                 lost[node] = f"no answer within {PROBE_SECONDS:g} s"
         return lost
 
     def _end(self, outcome: Outcome) -> int:
-        step = newest_checkpoint(self._spec.run_dir)
-        if self._told and outcome.then == "stopped":
-            return outcome.code  # it is noted already, or SLURM starts it again
         if outcome.then == "again":
-            outcome = self._again(outcome, step)
+            outcome = self._again(outcome)
+        elif self._told and outcome.then == "stopped":
+            self._note_told()  # SLURM may be starting it again
         else:
-            self._note("ended", cause=outcome.cause, then=outcome.then, step=step)
+            self._note_end(outcome.cause, outcome.then)
             tell(f"{outcome.then}: {outcome.cause}")
         return outcome.code
 
-    def _again(self, outcome: Outcome, step: int) -> Outcome:
-        """Back into the queue, unless there is a newer start already, or enough of it."""
-        if self._is_superseded():
+    def _again(self, outcome: Outcome) -> Outcome:
+        """Back into the queue, unless there is a newer start already, somebody has cancelled it, or it is enough."""
+        step = newest_checkpoint(self._spec.run_dir)
+        if self._standing.is_superseded():
             tell(f"{outcome.cause}; job {self._here.job_id} was started again meanwhile, so this start just ends")
             return outcome
-        in_vain = restarts_without_progress(
-            [*self._own_events(), {"event": "ended", "time": time.time(), "step": step}], 0
-        )
-        why_not = ""
+        if self._is_cancelled():
+            self._note_told() if self._told else self._note_end("it was cancelled", "stopped")
+            return CANCELLED
+        in_vain = restarts_without_progress([*self._job.own_events(), {"event": "ended", "step": step}])
         if self._here.restart >= self._spec.max_restarts:
-            why_not = f"restart {self._here.restart} was the last (cluster.max_restarts={self._spec.max_restarts})"
-        elif in_vain >= self._spec.no_progress:
-            why_not = f"{in_vain} starts in a row made no newer checkpoint (cluster.no_progress)"
-        if why_not:
-            return self._give_up(f"{outcome.cause}; {why_not}", outcome.code or 1, step)
-        self._note("ended", cause=outcome.cause, then="requeued", step=step)
+            last = f"restart {self._here.restart} was the last (cluster.max_restarts={self._spec.max_restarts})"
+            return self._give_up(f"{outcome.cause}; {last}", outcome.code)
+        if in_vain >= self._spec.no_progress:
+            last = f"{in_vain} starts in a row made no newer checkpoint (cluster.no_progress)"
+            return self._give_up(f"{outcome.cause}; {last}", outcome.code)
+        self._note_end(outcome.cause, "requeued")
         tell(f"back into the queue at step {step}: {outcome.cause}")
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's answer; what is asked of it next must not hear it
-        away = sorted({*self._spec.exclude, *sick_nodes(self._folder)})
-        if problem := controller.requeue(self._here.job_id, away):
-            return self._give_up(f"{outcome.cause}; SLURM does not requeue it: {problem}", outcome.code or 1, step)
+        if problem := self._requeue():
+            return self._give_up(f"{outcome.cause}; SLURM does not requeue it: {problem}", outcome.code)
         return outcome
 
-    def _give_up(self, cause: str, code: int, step: int) -> Outcome:
-        self._note("ended", cause=cause, then="failed", step=step)
-        tell(f"failed: {cause}")
-        return Outcome(cause, "failed", code)
+    def _requeue(self) -> str:
+        """What SLURM has against it; empty once it is in the queue again."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's answer; what is asked of it next must not hear it
+        away = sorted({*self._spec.exclude, *sick_nodes(self._folder)})
+        deadline = time.monotonic() + CONTROLLER_SECONDS
+        while (problem := controller.requeue(self._here.job_id, away)) and time.monotonic() < deadline:
+            if not controller.may_pass(problem):
+                return problem
+            if self._standing.is_superseded():  # it was heard all the same
+                return ""
+            time.sleep(RETRY_SECONDS)
+        return problem
 
-    def _note(self, event: str, **values: object) -> None:
-        if self._is_fenced_off():
+    def _give_up(self, cause: str, code: int) -> Outcome:
+        self._note_end(cause, "failed")
+        tell(f"failed: {cause}")
+        return Outcome(cause, "failed", code or 1)
+
+    def _note_sick(self, nodes: dict[str, str]) -> None:
+        for node, reason in nodes.items():
+            self._note("sick", node=node, reason=reason)
+            tell(f"node {node} is left out from now on: {reason}")
+
+    def _note_end(self, cause: str, then: str, restart: int | None = None) -> None:
+        step = newest_checkpoint(self._spec.run_dir)
+        self._note("ended", restart=restart, cause=cause, then=then, step=step)
+
+    def _note(self, event: str, *, restart: int | None = None, **values: object) -> None:
+        if self._standing.is_fenced_off():
             return
         clean = {name: redact_text(value) if isinstance(value, str) else value for name, value in values.items()}
-        append(self._folder, self._here.restart, event, **clean)
+        number = self._here.restart if restart is None else restart
+        append(self._folder, number, event, job_id=self._here.job_id, **clean)
 
 
 def _forget(srun: subprocess.Popen[bytes]) -> None:

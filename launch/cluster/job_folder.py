@@ -64,8 +64,7 @@ class JobFolder:
 
     def own_events(self) -> list[dict[str, Any]]:
         """Those of this job: a run that failed may have been submitted once more."""
-        since = self.submitted or 0.0
-        return [row for row in self.events() if isinstance(row.get("time"), int | float) and row["time"] >= since]
+        return [row for row in self.events() if row.get("job_id") == self.job_id]
 
     def has_ended(self) -> bool:
         """Whether the driver has said that the job ended and will not start again."""
@@ -118,6 +117,17 @@ def write_job(spec: JobSpec, job_id: str, submitted: float) -> None:
         "log": str(spec.run_dir / FOLDER / f"job-{job_id}.log"),
     }
     durable.write_json(spec.run_dir / FOLDER / "job.json", tree)
+
+
+def make_room(folder: Path) -> None:
+    """What an earlier job of this run has left there would be taken for this one's."""
+    (folder / "stop").unlink(missing_ok=True)
+    logs = folder / "logs"
+    if logs.is_dir():
+        number = 1
+        while (kept := folder / f"logs-before-{number}").exists():
+            number += 1
+        logs.rename(kept)
 
 
 def the_job(run: Path, do: str) -> JobFolder:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.launch.cluster.job_folder import FOLDER, find_job, write_job
+from tunesmith.launch.cluster.job_folder import FOLDER, find_job, make_room, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.queue import JOB_ID, job_facts
 from tunesmith.launch.cluster.sbatch import render
@@ -19,6 +19,7 @@ from tunesmith.train import durable, engine_config, run_folder
 from tunesmith.train.compose import Composed, compose_config
 from tunesmith.train.config import ClusterKind
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.redact import names_a_secret, redact_text
 
 SUBMIT_SECONDS = 60.0  # for sbatch to answer
 # A user's own defaults for sbatch, and where SLURM is; nothing of a job that this may run in.
@@ -53,11 +54,19 @@ def make_plan(
     given = list(overrides)
     if not any(re.match(r"\+{0,2}cluster=", override) for override in given):
         given.insert(0, "cluster=slurm")
+    for override in given:
+        if redact_text(override) != override:
+            raise ConfigError(
+                f"{redact_text(override)!r} holds a secret, which would stand in the script of the job.",
+                at="command line",
+                do="put it into a variable of your environment that cluster.env lists, or into a file.",
+            )
     own = config_dir.expanduser().absolute() if config_dir else None
     composed = compose_config(given, own)
     config = composed.config
     cluster = config.cluster
     with composed.errors_located():
+        _check_no_secret(cluster.env)
         if cluster.kind is not ClusterKind.slurm:
             raise ConfigError(
                 f"launch/slurm.py submits runs with cluster=slurm, not {cluster.kind}.",
@@ -105,7 +114,7 @@ def submit_plan(plan: Plan) -> str:
         script = folder / "script.sh"
         durable.write_bytes(script, plan.script.encode(errors="surrogateescape"))
         _sbatch(["--test-only", str(script)], plan.env)
-        _make_room(folder)
+        make_room(folder)
         submitted = time.time()
         job_id = _sbatch(["--parsable", str(script)], plan.env).partition(";")[0]
         if not JOB_ID.fullmatch(job_id):
@@ -144,15 +153,15 @@ def _check_free(run_dir: Path) -> None:
         )
 
 
-def _make_room(folder: Path) -> None:
-    """What an earlier job of this run has left there would be taken for this one's."""
-    (folder / "stop").unlink(missing_ok=True)
-    logs = folder / "logs"
-    if logs.is_dir():
-        number = 1
-        while (kept := folder / f"logs-before-{number}").exists():
-            number += 1
-        logs.rename(kept)
+def _check_no_secret(env: Sequence[str]) -> None:
+    """Raises ConfigError for NAME=value of a secret: a job's script and command lines are seen by others."""
+    for name, equals, _ in (item.partition("=") for item in env):
+        if equals and names_a_secret(name):
+            raise ConfigError(
+                f"{name} holds a secret, which would stand in files and command lines.",
+                key="cluster.env",
+                do=f"export {name} in your shell, and list its name alone.",
+            )
 
 
 def _sick(run_dir: Path) -> list[str]:

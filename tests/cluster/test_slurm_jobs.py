@@ -136,3 +136,28 @@ def test_a_second_job_for_the_same_run_is_refused(job, slurm):
     assert done.returncode == 2
     assert f"job {job.job_id} of this run is PENDING already" in done.stderr
     assert json.loads((job.run / "job/job.json").read_text())["job_id"] == job.job_id
+
+
+def test_a_preempted_job_saves_within_the_grace_time_and_goes_on_bitwise(
+    start_cluster, training_env, make_job, tmp_path, unbroken
+):
+    slurm = start_cluster(
+        nodes=2,
+        conf=(
+            "PreemptType=preempt/partition_prio",
+            "PreemptMode=REQUEUE",
+            "PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE State=UP",
+            "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP",
+        ),
+    )
+    job = Job(slurm, training_env, tmp_path / "run")
+    job.submit(*QUICK, *LONGER, "cluster.partition=low", faults=SLOWLY.format(1))
+    job.wait_for_step(2)
+    other = slurm.submit(make_job("sleep 3", "--nodes=2", "--exclusive", "--partition=high"))
+    slurm.wait_for(other, "COMPLETED", timeout=90)
+    job.finish()
+    first = job.events("ended")[0]
+    assert first["then"] == "requeued"
+    assert "SIGTERM" in first["cause"]
+    assert first["step"] >= 2
+    assert job.losses() == unbroken

@@ -107,6 +107,8 @@ RULES = [  # overrides; the last one is the key that is named; words of the prob
     (["cluster.time=soon"], "time='soon' is nothing that SLURM takes.", "D-HH:MM:SS"),
     (["cluster.modules=['a;b']"], "'a;b' in modules is not a module.", "cuda/12.8"),
     (["cluster.sbatch=['-p main']"], "'-p main' in sbatch is not an option", "--name=value"),
+    (["cluster.sbatch=['--array=1-4']"], "--array=1-4 is not for cluster.sbatch", "for arrays launch/sweep.py"),
+    (["cluster.time=5"], "time=5 leaves no time to train", "give at least 360 s"),
     (["cluster.env=['A B']"], "'A B' in env is not a variable.", "NAME=value"),
     (["cluster.exclude=['n1;x']"], "'n1;x' in exclude is not a node.", "gpu[01-04]"),
     (["cluster.container_mounts=['']"], "must be a folder or a list of folders", "write one folder"),

@@ -80,13 +80,13 @@ def test_a_checkpoint_that_was_published_just_before_is_left_whole(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("there", "trains", "taken"),
-    [(OLD, True, True), (NEW, False, True), (NEW, True, False), (OTHER, True, False), (None, True, False)],
+    ("there", "taken"),
+    [(OLD, True), (NEW, False), (OTHER, False), (None, False)],
 )
-def test_the_lock_is_taken_over_from_an_earlier_start_of_the_same_job_alone(tmp_path, there, trains, taken):
+def test_the_lock_is_taken_over_from_an_earlier_start_of_the_same_job_alone(tmp_path, there, taken):
     held = run_folder.hold(tmp_path)
     if there:
-        Fence().take(tmp_path, there, trains=trains)
+        Fence().take(tmp_path, there)
     assert supersedes(NEW, tmp_path) is taken
     if taken:
         ours = run_folder.hold(tmp_path, NEW)
@@ -131,7 +131,16 @@ def test_a_file_that_is_no_token_keeps_nobody_out(tmp_path, text):
 
 
 def test_a_folder_with_a_job_and_a_token_alone_is_free_for_a_run(tmp_path):
-    Fence().take(tmp_path, NEW, trains=False)
+    Fence().take(tmp_path, NEW)
     (tmp_path / "job").mkdir()
     check_usable(tmp_path, "auto")
-    assert json.loads((tmp_path / fence.FILE).read_text())["trains"] is False
+    assert json.loads((tmp_path / fence.FILE).read_text()) == {"launch": NEW.launch, "restart": 1}
+
+
+def test_an_older_start_that_comes_late_does_not_take_the_folder_back(tmp_path):
+    Fence().take(tmp_path, NEW)
+    with pytest.raises(Superseded):
+        Fence().take(tmp_path, OLD)
+    assert token_in(tmp_path) == NEW
+    Fence().take(tmp_path, OTHER)  # a job of its own: who may start is the lock's business
+    assert token_in(tmp_path) == OTHER

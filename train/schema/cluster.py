@@ -17,6 +17,11 @@ NODE_LIST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(\[[0-9,-]+\])?[A-Za-z0-9_.-
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?|[A-Za-z_][A-Za-z0-9_]*=[^\x00-\x1f\x7f]*")
 MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/=-]*")
 SBATCH_OPTION = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9_.:@+&|*()\[\],/=-]+)?")
+OURS = frozenset(  # options of sbatch that cluster.* or the driver decide, or that make another job of it
+    """array chdir cpus-per-task error exclude export export-file get-user-env gid gpus-per-node help het-group
+    job-name mem nodes no-requeue ntasks ntasks-per-node open-mode output parsable requeue signal test-only time uid
+    usage version wait wrap""".split()  # noqa: SIM905
+)
 MAX_WORD = 500  # characters
 MIN_SIGNAL_SECONDS, MAX_SIGNAL_SECONDS = 60, 65535  # SLURM looks every 30 s, and holds the number in 16 bits
 
@@ -132,6 +137,20 @@ class JobConfig:
         _check_each("exclude", self.exclude, NODE_LIST, "a node", "write names such as n1 or gpu[01-04].")
         _check_each("modules", self.modules, MODULE, "a module", "write names such as cuda/12.8.")
         _check_each("sbatch", self.sbatch, SBATCH_OPTION, "an option of sbatch", "write it as --name or --name=value.")
+        for option in self.sbatch:
+            if option.removeprefix("--").partition("=")[0] in OURS:
+                raise ConfigError(
+                    f"{option} is not for cluster.sbatch: Tunesmith decides it.",
+                    key="cluster.sbatch",
+                    do="use the settings of cluster, such as cluster.time; for arrays launch/sweep.py.",
+                )
+        if self.time is not None and seconds_of(self.time) < self.signal_seconds + MIN_SIGNAL_SECONDS:
+            raise ConfigError(
+                f"time={self.time} leaves no time to train: the ranks are told to save {self.signal_seconds} s before "
+                "its end, and up to 60 s earlier.",
+                key="cluster.time",
+                do=f"give at least {self.signal_seconds + MIN_SIGNAL_SECONDS} s, or less cluster.signal_seconds.",
+            )
         check_strings("cluster.container_mounts", self.container_mounts, what="folder")
         if not MIN_SIGNAL_SECONDS <= self.signal_seconds <= MAX_SIGNAL_SECONDS:
             raise ConfigError(
@@ -150,6 +169,16 @@ class ClusterConfig(JobConfig, NodesConfig, WatchConfig):
         self._check_nodes()
         self._check_job()
         check_no_empty_text(self, "cluster.")
+
+
+def seconds_of(time: str) -> int:
+    """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts.insert(0, 0)  # minutes come first
+    hours, minutes, seconds = (*parts, 0, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_shape(name: str, value: str | None, shape: re.Pattern[str], do: str) -> None:

@@ -29,7 +29,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         if job is not None:
             (run / "job/job.json").write_text(json.dumps({"submitted": time.time() - 600, **job}))
             lines = [
-                json.dumps({"time": time.time() - 300 + number, **event}) for number, event in enumerate(events or [])
+                json.dumps({"time": time.time() - 300 + number, "job_id": (job or {}).get("job_id"), **event})
+                for number, event in enumerate(events or [])
             ]
             (run / "job/events.jsonl").write_text("".join(f"{line}\n" for line in lines))
         rows = [

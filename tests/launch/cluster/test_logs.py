@@ -108,11 +108,11 @@ def test_following_takes_up_new_ranks_and_restarts_and_ends_with_the_job(run):
         assert until("[2] c") == ["[2] a", "[2] b", "[2] c"]
         append(run / "job/logs/1/rank-00001.log", "rn\nlast words")
         assert until("[1] torn") == ["[1] torn"]
-        requeued = {"event": "ended", "then": "requeued", "time": time.time()}
+        requeued = {"event": "ended", "then": "requeued", "time": time.time(), "job_id": "12"}
         append(run / "job/events.jsonl", json.dumps(requeued) + "\n")
         append(run / "job/logs/2/rank-00000.log", "again 1\nagain 2\n")
         assert until("[0] again 2") == ["[1] last words", "[0] again 1", "[0] again 2"]
-        finished = {"event": "ended", "then": "finished", "time": time.time()}
+        finished = {"event": "ended", "then": "finished", "time": time.time(), "job_id": "12"}
         append(run / "job/logs/2/rank-00000.log", "end")
         append(run / "job/events.jsonl", json.dumps(finished) + "\n")
         assert process.stdout.read().decode() == "[0] end\n"

@@ -1,0 +1,61 @@
+"""Whether this start of a job is still the job: what SLURM's controller and the run folder say of it."""
+
+import time
+
+from tunesmith.launch.cluster.queue import JobFacts, job_facts
+from tunesmith.train.errors import TunesmithError
+from tunesmith.train.fence import Superseded, fence
+
+CONTROLLER_SECONDS = 3600.0  # for the controller to answer, before the job gives up
+RETRY_SECONDS = 5.0
+
+
+class Standing:
+    """Of one start of a job."""
+
+    def __init__(self, job_id: str, restart: int) -> None:
+        self._job_id = job_id
+        self._restart = restart
+        self._limit: float | None = None
+
+    def note_limit(self) -> None:
+        """Asks for the end of the job's time, while it runs: scancel sets it to the moment of the scancel."""
+        facts = self.facts()
+        self._limit = facts.end_time if facts else None
+
+    def time_is_over(self) -> bool:
+        return self._limit is not None and time.time() >= self._limit - 1.0
+
+    def facts(self) -> JobFacts | None:
+        """What the queue says; None where the controller does not answer, or has forgotten the job."""
+        try:
+            return job_facts(self._job_id)
+        except TunesmithError:
+            return None
+
+    def was_restarted(self, facts: JobFacts | None) -> bool:
+        return facts is not None and facts.restarts > self._restart
+
+    def is_fenced_off(self) -> bool:
+        """Whether a newer start has the run folder. Quick: nobody is asked."""
+        try:
+            fence.check()
+        except Superseded:
+            return True
+        except OSError:  # the file system is away
+            return False
+        return False
+
+    def is_superseded(self) -> bool:
+        """Whether this node was cut off, and the job has been started again on others meanwhile.
+
+        Waits for the controller: what a node that is cut off says of the job is not what becomes of it.
+        """
+        deadline = time.monotonic() + CONTROLLER_SECONDS
+        while True:
+            if self.is_fenced_off():
+                return True
+            facts = self.facts()
+            if facts is not None or time.monotonic() > deadline:
+                return self.was_restarted(facts)
+            time.sleep(RETRY_SECONDS)
