@@ -1,10 +1,7 @@
-"""Where trials run: beside each other on this machine, or as jobs of SLURM. Each by the ordinary launcher."""
+"""Where trials run beside each other on this machine, each by the ordinary launcher; slurm_jobs.py has the others."""
 
 import contextlib
-import io
-import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -18,7 +15,7 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from tunesmith.launch.sweeping.plan import Plan
-from tunesmith.train.errors import EXIT_STOPPED, ConfigError, TrainingError, TunesmithError
+from tunesmith.train.errors import EXIT_STOPPED, ConfigError
 from tunesmith.train.run_folder import JOB, OURS
 
 LAUNCH = Path(__file__).absolute().parents[1]
@@ -26,15 +23,6 @@ LAUNCH = Path(__file__).absolute().parents[1]
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 KILL_SECONDS = 900.0  # after it was asked to stop: more than a save takes
 LOOK_AGAIN_SECONDS = 2.0  # after others have taken the GPUs
-QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue, for each job
-QUEUE_PATIENCE_SECONDS = 600.0  # for a controller that does not answer
-SUBMIT_AGAIN_SECONDS = 30.0  # after SLURM would not take a job just then
-# What sbatch says when the job is right and the moment is not: nobody answers, or enough jobs are in the queue.
-NOT_NOW = re.compile(
-    r"did not answer|unable to contact|timed out|connection refused|zero bytes were|standby mode"
-    r"|temporarily un|(QOS|Assoc)\w*Submit\w*Limit",
-    re.IGNORECASE,
-)
 
 
 class NotNow(Exception):
@@ -228,83 +216,3 @@ def _lock_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"tunesmith-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
-
-
-@dataclass
-class SlurmAttempt:
-    """A job in SLURM's queue, which may requeue itself."""
-
-    job_id: str
-    run_dir: Path
-    looked: float = 0.0
-    silent_since: float | None = None
-    asked: float = -math.inf  # when it was asked to stop, or that was tried
-    is_asked: bool = False
-
-    def poll(self) -> Ended | None:
-        from tunesmith.launch.cluster.queue import FINAL, job_state
-
-        if time.monotonic() - self.looked < QUEUE_SECONDS:
-            return None
-        self.looked = time.monotonic()
-        try:
-            state = job_state(self.job_id)
-        except TunesmithError:
-            self.silent_since = self.silent_since or self.looked
-            if self.looked - self.silent_since > QUEUE_PATIENCE_SECONDS:
-                raise
-            return None
-        self.silent_since = None
-        return Ended() if state is None or state in FINAL else None
-
-    def stop(self) -> None:
-        from tunesmith.launch.cluster.cancel import cancel
-
-        if self.is_asked or time.monotonic() - self.asked < QUEUE_SECONDS:
-            return
-        with contextlib.suppress(TunesmithError), contextlib.redirect_stdout(io.StringIO()):
-            cancel(["--save", str(self.run_dir)])
-            self.is_asked = True  # else SLURM did not answer, or the job has just ended, which poll() sees
-        self.asked = time.monotonic()
-
-    def described(self) -> str:
-        return f"as job {self.job_id}"
-
-
-class SlurmJobs:
-    """n_jobs trials at a time in SLURM's queue. A sweep that is started again finds its jobs there."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._running: list[SlurmAttempt] = []
-
-    def has_room(self) -> bool:
-        self._running = [attempt for attempt in self._running if attempt.poll() is None]
-        return len(self._running) < self._plan.settings.n_jobs
-
-    def start(self, number: int, overrides: list[str], job_id: str | None) -> SlurmAttempt:
-        folder = self._plan.trial_folder(number)
-        try:
-            job_id = self._in_queue(folder, job_id) or self._submit(overrides, folder)
-        except TunesmithError as error:
-            if isinstance(error, TrainingError) or NOT_NOW.search(error.what):
-                raise NotNow(error.what, SUBMIT_AGAIN_SECONDS) from None
-            raise
-        attempt = SlurmAttempt(job_id, folder)
-        self._running.append(attempt)
-        return attempt
-
-    def _in_queue(self, folder: Path, job_id: str | None) -> str | None:
-        """The job of the trial where it has not ended. A driver may have been killed before it noted down which."""
-        from tunesmith.launch.cluster.job_folder import find_job
-        from tunesmith.launch.cluster.queue import FINAL, job_state
-
-        job = find_job(folder)
-        known = job.job_id if job else job_id
-        state = job_state(known) if known else None
-        return known if state is not None and state not in FINAL else None
-
-    def _submit(self, overrides: list[str], folder: Path) -> str:
-        from tunesmith.launch.cluster.submit import submit
-
-        return submit(overrides, folder, self._plan.config_dir)

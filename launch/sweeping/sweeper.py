@@ -10,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tunesmith.launch.sweeping.hydra_checks import BASIC
 from tunesmith.launch.sweeping.hydra_launcher import HydraJobs, searched_folder
 from tunesmith.launch.sweeping.hydra_part import check_trial
-from tunesmith.launch.sweeping.places import LocalSlots, Place, SlurmJobs
+from tunesmith.launch.sweeping.places import LocalSlots, Place
 from tunesmith.launch.sweeping.plan import Plan, claim_folder, make_plan
 from tunesmith.launch.sweeping.settings import GROUP, SweeperConfig
+from tunesmith.launch.sweeping.slurm_jobs import SlurmJobs
 from tunesmith.launch.sweeping.typed_secrets import is_secret
 from tunesmith.train.compose import SEARCH_SPACES
 from tunesmith.train.errors import ConfigError

@@ -14,10 +14,11 @@ import pytest
 from filelock import FileLock
 
 from tunesmith.launch.cluster.queue import COLUMNS
-from tunesmith.launch.sweeping import places
+from tunesmith.launch.sweeping import slurm_jobs
 from tunesmith.launch.sweeping.driver import Driver
-from tunesmith.launch.sweeping.places import NotNow, SlurmJobs
+from tunesmith.launch.sweeping.places import NotNow
 from tunesmith.launch.sweeping.plan import Plan
+from tunesmith.launch.sweeping.slurm_jobs import SlurmJobs
 from tunesmith.launch.sweeping.trials import Trials
 from tunesmith.train.errors import ConfigError
 
@@ -60,7 +61,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     for name in ("QUEUE_SECONDS", "SUBMIT_AGAIN_SECONDS"):
-        monkeypatch.setattr(places, name, 0.3)
+        monkeypatch.setattr(slurm_jobs, name, 0.3)
     return folder
 
 
