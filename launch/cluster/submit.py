@@ -54,19 +54,12 @@ def make_plan(
     given = list(overrides)
     if not any(re.match(r"\+{0,2}cluster=", override) for override in given):
         given.insert(0, "cluster=slurm")
-    for override in given:
-        if redact_text(override) != override:
-            raise ConfigError(
-                f"{redact_text(override)!r} holds a secret, which would stand in the script of the job.",
-                at="command line",
-                do="put it into a variable of your environment that cluster.env lists, or into a file.",
-            )
     own = config_dir.expanduser().absolute() if config_dir else None
     composed = compose_config(given, own)
     config = composed.config
     cluster = config.cluster
     with composed.errors_located():
-        _check_no_secret(cluster.env)
+        _check_no_secret(given, cluster.env)
         if cluster.kind is not ClusterKind.slurm:
             raise ConfigError(
                 f"launch/slurm.py submits runs with cluster=slurm, not {cluster.kind}.",
@@ -153,14 +146,21 @@ def _check_free(run_dir: Path) -> None:
         )
 
 
-def _check_no_secret(env: Sequence[str]) -> None:
-    """Raises ConfigError for NAME=value of a secret: a job's script and command lines are seen by others."""
+def _check_no_secret(overrides: Sequence[str], env: Sequence[str]) -> None:
+    """Raises ConfigError for a secret that was typed: a job's script and command lines are seen by others."""
     for name, equals, _ in (item.partition("=") for item in env):
         if equals and names_a_secret(name):
             raise ConfigError(
                 f"{name} holds a secret, which would stand in files and command lines.",
                 key="cluster.env",
                 do=f"export {name} in your shell, and list its name alone.",
+            )
+    for override in overrides:
+        if redact_text(override) != override:
+            raise ConfigError(
+                f"{redact_text(override)!r} holds a secret, which would stand in the script of the job.",
+                at="command line",
+                do="put it into a variable of your environment that cluster.env lists, or into a file.",
             )
 
 

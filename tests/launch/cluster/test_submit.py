@@ -40,7 +40,7 @@ def test_cluster_slurm_is_implied_and_the_ranks_get_the_listed_variables_alone(t
         (["name='a\"b'"], "cannot stand in a script of sbatch"),
         (["data.train='https://u:hunter22@h/x.jsonl'"], "holds a secret, which would stand in the script of the job"),
         (["cluster.env=['DB_URL=postgres://u:hunter22@h/db']"], "holds a secret"),
-        (["cluster.env=[AWS_SECRET_ACCESS_KEY=hunter22]"], "AWS_SECRET_ACCESS_KEY holds a secret"),
+        (["cluster.env=['AWS_SECRET_ACCESS_KEY=hunter22']"], "AWS_SECRET_ACCESS_KEY holds a secret"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, monkeypatch, overrides, words):
