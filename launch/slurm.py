@@ -13,6 +13,7 @@ Options:
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,11 +52,12 @@ def _submit(arguments: list[str]) -> None:
         sys.stderr.write(f"{ask(plan)}\n")
         return
     job_id = submit_plan(plan)
+    run = shlex.quote(str(plan.spec.run_dir))
     sys.stdout.write(
         f"job {job_id} is submitted: {plan.spec.nodes} node(s) x {plan.spec.ranks_per_node} rank(s)\n"
         f"  run:    {plan.spec.run_dir}\n"
-        f"  status: python launch/slurm.py status {plan.spec.run_dir}\n"
-        f"  logs:   python launch/slurm.py logs -f {plan.spec.run_dir}\n"
+        f"  status: python launch/slurm.py status {run}\n"
+        f"  logs:   python launch/slurm.py logs -f {run}\n"
     )
 
 

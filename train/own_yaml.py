@@ -55,6 +55,12 @@ def _check_file(path: Path, group: str, options: Options) -> None:
             at=f"{shown(path)}:1",
             do="make `# @package _global_` its first line.",
         )
+    if number := _sexagesimal(yaml.compose(text, Loader=yaml.SafeLoader)):
+        raise ConfigError(
+            f"{number.value} without quotes is the number {yaml.safe_load(number.value)} in yaml.",
+            at=f"{shown(path)}:{number.start_mark.line + 1}",
+            do=f'write it in quotes: "{number.value}".',
+        )
     if not isinstance(tree, dict):
         kind = "nothing" if tree is None else "a list" if isinstance(tree, list) else f"{tree!r}"
         raise ConfigError(
@@ -69,6 +75,16 @@ def _check_file(path: Path, group: str, options: Options) -> None:
     _check_defaults(path, tree.get("defaults"), options)
     if group == "exp":
         _check_groups(path, tree)
+
+
+def _sexagesimal(node: yaml.Node | None) -> yaml.ScalarNode | None:
+    """The first number such as 24:00:00 in a tree: yaml 1.1 reads it to the base of 60."""
+    if isinstance(node, yaml.ScalarNode):
+        return node if node.tag.endswith((":int", ":float")) and ":" in node.value else None
+    inner = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        inner = [value for _, value in node.value]
+    return next((found for part in inner if (found := _sexagesimal(part))), None)
 
 
 def _check_defaults(path: Path, entries: Any, options: Options) -> None:

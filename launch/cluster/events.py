@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from tunesmith.launch.cluster.job_folder import tail_rows
+from tunesmith.train.schema.cluster import NODE_LIST
 
 NAME = "events.jsonl"
 SICK_HOURS = 24.0  # that a node stays excluded: by then somebody has seen to it
@@ -36,13 +37,14 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 def sick_nodes(folder: Path) -> dict[str, str]:
     """Nodes that were found to be sick within SICK_HOURS: node -> why."""
     since = time.time() - 3600 * SICK_HOURS
-    rows = [row for row in events_of(folder) if row["event"] == "sick" and float(row.get("time") or 0) >= since]
-    return {str(row["node"]): str(row.get("reason", "")) for row in rows if row.get("node")}
+    rows = [row for row in events_of(folder) if row["event"] == "sick" and NODE_LIST.fullmatch(str(row.get("node")))]
+    recent = [row for row in rows if isinstance(row.get("time"), int | float) and row["time"] >= since]
+    return {str(row["node"]): str(row.get("reason", "")) for row in recent}
 
 
 def restarts_without_progress(rows: list[dict[str, Any]]) -> int:
     """How many ends in a row, the last ones of a job, came without a newer checkpoint than the end before."""
-    steps = [int(row["step"]) for row in rows if row["event"] == "ended" and "step" in row]
+    steps = [row["step"] for row in rows if row["event"] == "ended" and isinstance(row.get("step"), int)]
     count = 0
     for number, step in enumerate(steps):
         count = 0 if step > max(steps[:number], default=0) else count + 1

@@ -56,7 +56,7 @@ class Allocation:
     def from_environment(cls) -> "Allocation":
         """Raises ConfigError outside of a job."""
         job_id = os.environ.get("SLURM_JOB_ID")
-        if job_id is None:
+        if job_id is None or "SLURM_JOB_NODELIST" not in os.environ:
             raise ConfigError("this is no SLURM job.", at="SLURM_JOB_ID", do="submit it with launch/slurm.py.")
         nodes = controller.host_names(os.environ["SLURM_JOB_NODELIST"])
         return cls(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")), tuple(nodes))

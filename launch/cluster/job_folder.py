@@ -92,10 +92,18 @@ def find_job(run: Path) -> JobFolder | None:
     except FileNotFoundError:
         return None
     except (OSError, orjson.JSONDecodeError) as error:
-        raise ConfigError(f"the job's file cannot be read: {error}.", at=str(file)) from None
+        raise ConfigError(
+            f"the job's file cannot be read: {error}.",
+            at=str(file),
+            do="remove it; `squeue --me` lists your jobs.",
+        ) from None
     job_id = tree.get("job_id") if isinstance(tree, dict) else None
     if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
-        raise ConfigError(f"job_id={job_id!r} is not the id of a SLURM job.", at=str(file))
+        raise ConfigError(
+            f"job_id={job_id!r} is not the id of a SLURM job.",
+            at=str(file),
+            do="remove it; `squeue --me` lists your jobs.",
+        )
     submitted, most = tree.get("submitted"), tree.get("max_restarts")
     return JobFolder(
         run,
@@ -145,7 +153,7 @@ def tail_rows(path: Path, max_bytes: int = TAIL_BYTES) -> list[dict[str, Any]]:
             size = file.seek(0, 2)
             file.seek(max(0, size - max_bytes))
             lines = file.read(max_bytes).split(b"\n")
-    except FileNotFoundError:
+    except OSError:
         return []
     rows = []
     for line in lines[1:] if size > max_bytes else lines:

@@ -74,8 +74,17 @@ class JobSpec:
             elif name in LISTED:
                 given[LISTED[name]] = (*given.get(LISTED[name], ()), text)
             else:
-                given[name] = READERS[name](text)
+                given[name] = _read(argument, READERS[name], text)
+        if "run_dir" not in given:
+            raise ConfigError("--run-dir is missing.", at="command line", do=BY_SUBMITTING)
         return cls(overrides=list(arguments[place + 1 :]), **given)
+
+
+def _read(argument: str, reader: Callable[[str], Any], text: str) -> Any:
+    try:
+        return reader(text)
+    except ValueError:
+        raise ConfigError(f"{argument!r} is not understood.", at="command line", do=BY_SUBMITTING) from None
 
 
 BY_SUBMITTING = "submit with launch/slurm.py, which writes the script."

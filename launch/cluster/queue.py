@@ -9,6 +9,7 @@ import re
 import subprocess
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tunesmith.train.errors import ConfigError, TrainingError
@@ -17,6 +18,7 @@ from tunesmith.train.errors import ConfigError, TrainingError
 ANSWER_SECONDS = 30.0
 JOB_ID = re.compile(r"[0-9]+([_+][0-9]+)?")
 # Fixed columns: none of them holds what a user wrote, and a node list may hold any separator but a blank.
+ID_WIDTH = 24
 COLUMNS = {
     "State": 24,
     "Reason": 240,
@@ -72,6 +74,15 @@ def job_facts(job_id: str) -> JobFacts | None:
         raise _refused("squeue", done)
     lines = [line for line in done.stdout.splitlines() if line.strip() and not line.startswith("CLUSTER:")]
     return parse(lines[0]) if lines and not done.returncode else None
+
+
+def jobs_of_script(script: Path) -> list[str]:
+    """The ids of this user's jobs in the queue that run a script, oldest first. Raises as job_state()."""
+    done = _ask("squeue", "--me", "--noheader", "--sort=i", f"--Format=JobID:{ID_WIDTH},Command:4000")
+    if done.returncode:
+        raise _refused("squeue", done)
+    rows = [(line[:ID_WIDTH].strip(), line[ID_WIDTH:].strip()) for line in done.stdout.splitlines()]
+    return [job_id for job_id, command in rows if command == str(script)]
 
 
 def parse(line: str) -> JobFacts:

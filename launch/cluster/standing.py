@@ -1,5 +1,6 @@
 """Whether this start of a job is still the job: what SLURM's controller and the run folder say of it."""
 
+import sys
 import time
 
 from tunesmith.launch.cluster.queue import JobFacts, job_facts
@@ -17,6 +18,7 @@ class Standing:
         self._job_id = job_id
         self._restart = restart
         self._limit: float | None = None
+        self._is_away = False
 
     def note_limit(self) -> None:
         """Asks for the end of the job's time, while it runs: scancel sets it to the moment of the scancel."""
@@ -27,11 +29,14 @@ class Standing:
         return self._limit is not None and time.time() >= self._limit - 1.0
 
     def facts(self) -> JobFacts | None:
-        """What the queue says; None where the controller does not answer, or has forgotten the job."""
+        """What the queue says; None where the controller is away, or knows no such job."""
         try:
-            return job_facts(self._job_id)
+            found = job_facts(self._job_id)
         except TunesmithError:
+            self._is_away = True
             return None
+        self._is_away = False
+        return found
 
     def was_restarted(self, facts: JobFacts | None) -> bool:
         return facts is not None and facts.restarts > self._restart
@@ -51,11 +56,15 @@ class Standing:
 
         Waits for the controller: what a node that is cut off says of the job is not what becomes of it.
         """
-        deadline = time.monotonic() + CONTROLLER_SECONDS
+        deadline, said = time.monotonic() + CONTROLLER_SECONDS, False
         while True:
             if self.is_fenced_off():
                 return True
             facts = self.facts()
-            if facts is not None or time.monotonic() > deadline:
+            if not self._is_away or time.monotonic() > deadline:
                 return self.was_restarted(facts)
+            if not said:
+                said = True
+                sys.stdout.write(f"job: SLURM's controller does not answer; it is asked for {CONTROLLER_SECONDS:g} s\n")
+                sys.stdout.flush()
             time.sleep(RETRY_SECONDS)

@@ -3,28 +3,40 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from tunesmith.launch.cluster.job_folder import FOLDER, find_job, make_room, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
-from tunesmith.launch.cluster.queue import JOB_ID, job_facts
+from tunesmith.launch.cluster.queue import JOB_ID, job_facts, jobs_of_script
 from tunesmith.launch.cluster.sbatch import render
 from tunesmith.launch.environment import chosen
+from tunesmith.launch.typed_secrets import refuse_secrets
 from tunesmith.train import durable, engine_config, run_folder
 from tunesmith.train.compose import Composed, compose_config
 from tunesmith.train.config import ClusterKind
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.redact import names_a_secret, redact_text
+from tunesmith.train.redact import names_a_secret
 
 SUBMIT_SECONDS = 60.0  # for sbatch to answer
+SCRIPT = "script.sh"
 # A user's own defaults for sbatch, and where SLURM is; nothing of a job that this may run in.
 OF_SLURM = re.compile(r"SBATCH_\w+|SLURM_(CONF|CLUSTERS|TIME_FORMAT)")
+AWAY = ("SLURM", "`scontrol ping` says whether the controller is up; SLURM_CONF is where its configuration is.")
 REMEDIES = {
+    "unable to contact": AWAY,
+    "process configuration": AWAY,
+    "configuration source": AWAY,
+    "fetch config": AWAY,
+    "invalid node name": ("cluster.exclude", "`sinfo -N` lists the nodes; sick ones stand in <run>/job/events.jsonl."),
     "invalid partition": ("cluster.partition", "`sinfo -s` lists the partitions."),
     "account or account/partition": ("cluster.account", "`sacctmgr show assoc user=$USER` lists your accounts."),
     "invalid account": ("cluster.account", "`sacctmgr show assoc user=$USER` lists your accounts."),
@@ -99,27 +111,62 @@ def submit(overrides: Sequence[str], run_dir: Path | None = None, config_dir: Pa
 
 def submit_plan(plan: Plan) -> str:
     """As submit(), of a plan."""
-    folder = plan.spec.run_dir / FOLDER
-    _check_free(plan.spec.run_dir)
+    run_dir = plan.spec.run_dir
+    folder = run_dir / FOLDER
     above = _first_missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        script = folder / "script.sh"
-        durable.write_bytes(script, plan.script.encode(errors="surrogateescape"))
-        _sbatch(["--test-only", str(script)], plan.env)
-        make_room(folder)
-        submitted = time.time()
-        job_id = _sbatch(["--parsable", str(script)], plan.env).partition(";")[0]
-        if not JOB_ID.fullmatch(job_id):
-            raise ConfigError(f"sbatch gave no job id, but {job_id[:80]!r}.", at="sbatch", do="correct cluster.sbatch.")
+        with _only_one(run_dir):
+            _check_free(run_dir)
+            ask(plan)  # before anything of an earlier job is touched
+            return _submit_script(plan, folder)
     except OSError as error:
         _remove(above)
         raise ConfigError(
             f"the run folder cannot be written: {error.strerror}.", at=str(folder), do="choose another output_dir."
         ) from None
-    except ConfigError:
-        _remove(above)
+    except ConfigError as error:
+        if not isinstance(error, Unanswered):
+            _remove(above)
         raise
+
+
+class Unanswered(ConfigError):
+    """sbatch did not answer: nobody knows whether there is a job."""
+
+
+@contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Raises ConfigError while another submission of the run is under way; keeps signals away until it is done."""
+    lock = FileLock(run_dir / f"{run_folder.OURS}submit")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            "another submission of this run is under way.", at=str(run_dir), do="wait for its end, and see its status."
+        ) from None
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        lock.release()
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+
+
+def _submit_script(plan: Plan, folder: Path) -> str:
+    make_room(folder)
+    script = folder / SCRIPT
+    durable.write_bytes(script, plan.script.encode(errors="surrogateescape"))
+    submitted = time.time()
+    try:
+        job_id = _sbatch(["--parsable", str(script)], plan.env).partition(";")[0]
+    except Unanswered:
+        found = jobs_of_script(script)  # it may have been taken all the same
+        if not found:
+            raise
+        job_id = found[-1]
+    if not JOB_ID.fullmatch(job_id):
+        raise ConfigError(f"sbatch gave no job id, but {job_id[:80]!r}.", at="sbatch", do="correct cluster.sbatch.")
     write_job(plan.spec, job_id, submitted)
     return job_id
 
@@ -135,15 +182,21 @@ def ask(plan: Plan) -> str:
 
 
 def _check_free(run_dir: Path) -> None:
-    """Raises ConfigError while a job of this run is in the queue: two would write into one folder."""
+    """Raises ConfigError while a job of this run is in the queue: two would write into one folder.
+
+    Also one whose submission was killed before it could be noted: it is known by its script.
+    """
     job = find_job(run_dir)
-    facts = job_facts(job.job_id) if job else None
-    if job and facts and not facts.is_over:
-        raise ConfigError(
-            f"job {job.job_id} of this run is {facts.state} already.",
-            at=str(run_dir),
-            do="wait for it, cancel it with `python launch/slurm.py cancel <run>`, or choose another output_dir.",
-        )
+    known = [job.job_id] if job else []
+    script = run_dir / FOLDER / SCRIPT
+    for job_id in [*known, *(jobs_of_script(script) if script.exists() else [])]:
+        facts = job_facts(job_id)
+        if facts and not facts.is_over:
+            raise ConfigError(
+                f"job {job_id} of this run is {facts.state} already.",
+                at=str(run_dir),
+                do=f"wait for it, cancel it with `scancel {job_id}`, or choose another output_dir.",
+            )
 
 
 def _check_no_secret(overrides: Sequence[str], env: Sequence[str]) -> None:
@@ -152,16 +205,10 @@ def _check_no_secret(overrides: Sequence[str], env: Sequence[str]) -> None:
         if equals and names_a_secret(name):
             raise ConfigError(
                 f"{name} holds a secret, which would stand in files and command lines.",
-                key="cluster.env",
+                at="an entry of cluster.env",
                 do=f"export {name} in your shell, and list its name alone.",
             )
-    for override in overrides:
-        if redact_text(override) != override:
-            raise ConfigError(
-                f"{redact_text(override)!r} holds a secret, which would stand in the script of the job.",
-                at="command line",
-                do="put it into a variable of your environment that cluster.env lists, or into a file.",
-            )
+    refuse_secrets(overrides, "command line", what="a job's script")
 
 
 def _sick(run_dir: Path) -> list[str]:
@@ -203,8 +250,10 @@ def _sbatch(arguments: Sequence[str], env: Mapping[str, str]) -> str:
             do="run this on a login node of the cluster; --dry-run prints the script anywhere.",
         ) from None
     except subprocess.TimeoutExpired:
-        raise ConfigError(
-            f"sbatch did not answer in {SUBMIT_SECONDS:g} s.", at="sbatch", do="`scontrol ping` says what is wrong."
+        raise Unanswered(
+            f"sbatch did not answer in {SUBMIT_SECONDS:g} s.",
+            at="sbatch",
+            do="`scontrol ping` says what is wrong, and `squeue --me` whether the job is in the queue.",
         ) from None
     if done.returncode:
         raise _refused(done.stderr)

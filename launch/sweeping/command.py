@@ -17,7 +17,7 @@ from tunesmith.launch.sweeping.hydra_part import Locator, located
 from tunesmith.launch.sweeping.plan import make_plan
 from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, SweeperConfig
 from tunesmith.launch.sweeping.sweeper import TunesmithSweeper
-from tunesmith.launch.sweeping.typed_secrets import refuse_secrets
+from tunesmith.launch.typed_secrets import refuse_secrets
 from tunesmith.train.compose import SEARCH_SPACES, admit_raw_key, group_options
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError
 from tunesmith.train.stop import end

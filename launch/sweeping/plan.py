@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from tunesmith.launch.sweeping.settings import DEFAULT_TRIALS, GROUP, Pruner, Sampler, SweeperConfig
 from tunesmith.launch.sweeping.space import Space, read_space
-from tunesmith.launch.sweeping.typed_secrets import is_secret, refuse_secrets
+from tunesmith.launch.typed_secrets import is_secret, refuse_secrets
 from tunesmith.train.compose import compose_config
 from tunesmith.train.config import ClusterKind, Config, Device
 from tunesmith.train.errors import ConfigError
@@ -209,7 +209,12 @@ def claim_folder(plan: Plan) -> None:
 def _agree(plan: Plan, path: Path, definition: dict[str, Any]) -> None:
     """Writes the definition, or compares it with the one that is there."""
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            there = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ConfigError(
+                "what the sweep searches cannot be read.", at=str(path), do="restore it, or choose another output_dir."
+            ) from None
         names = [name for name in definition if there.get(name) != definition[name]]
         if names or there.get("study_name") != plan.study_name:
             what = names[0] if names else "study_name"

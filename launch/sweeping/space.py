@@ -20,6 +20,7 @@ from tunesmith.train.errors import ConfigError
 from tunesmith.train.places import one_line
 
 GRAMMAR = "write key=a,b or range(start,stop,step), interval(low,high), tag(log,interval(low,high)), int(interval(..))."
+MAX_RANGE = 100_000  # numbers of one range, which are listed
 Value = str | int | float
 Point = dict[str, Value]  # a value for each key of the space, as the study keeps it
 
@@ -161,6 +162,11 @@ def _int_step(low: float, is_log: bool) -> float | None:
 
 
 def _range(value: RangeSweep, at: str) -> Interval:
+    count = (float(value.stop or 0) - float(value.start or 0)) / float(value.step) if value.step else 0.0
+    if count > MAX_RANGE:
+        raise ConfigError(
+            f"the range has {count:.0f} numbers.", at=at, do="write interval(low,high), or a larger step."
+        )
     numbers = list(value.range()) if value.step else []
     if not numbers:
         raise ConfigError("the range is empty.", at=at, do="write range(start,stop,step), where stop is left out.")

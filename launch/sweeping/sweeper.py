@@ -14,7 +14,7 @@ from tunesmith.launch.sweeping.places import LocalSlots, Place
 from tunesmith.launch.sweeping.plan import Plan, claim_folder, make_plan
 from tunesmith.launch.sweeping.settings import GROUP, SweeperConfig
 from tunesmith.launch.sweeping.slurm_jobs import SlurmJobs
-from tunesmith.launch.sweeping.typed_secrets import is_secret
+from tunesmith.launch.typed_secrets import is_secret
 from tunesmith.train.compose import SEARCH_SPACES
 from tunesmith.train.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""Secrets on the command line of a sweep are refused: what is searched stands in its folder and in its trials' argv."""
+"""Secrets on a command line that is written down are refused: of a sweep, which repeats it, and of a job's script."""
 
 from collections.abc import Iterable
 
@@ -7,13 +7,18 @@ from tunesmith.train.errors import ConfigError
 from tunesmith.train.redact import redact, redact_text
 
 
-def refuse_secrets(overrides: Iterable[str], at: str) -> None:
-    """at: where they stand. Raises ConfigError, which does not quote the secret."""
+def refuse_secrets(overrides: Iterable[str], at: str, what: str = "a sweep") -> None:
+    """Raises ConfigError for the first that holds one, without quoting it.
+
+    Args:
+        at: where they stand.
+        what: would write them down.
+    """
     for text in overrides:
         key = text.split("=", 1)[0]
         if holds_secret(text):
             raise ConfigError(
-                f"{key} holds a secret, and a sweep writes down what it is given.",
+                f"{key} holds a secret, and {what} writes down what it is given.",
                 at=f"{at}: {key}=...",
                 do="take it out: HF_TOKEN, WANDB_API_KEY and the like are read from the environment.",
             )
