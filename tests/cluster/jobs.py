@@ -71,12 +71,13 @@ class Job:
         return max(self.losses(), default=0)
 
     def losses(self) -> dict[int, float]:
-        """Step -> training loss, to the last bit."""
+        """Step -> training loss, to the last bit. Fails where a step stands twice, or out of order."""
         path = self.run / "metrics.jsonl"
-        rows = (
-            [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-        )
-        return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        found = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+        assert [step for step, _ in found] == list(range(1, len(found) + 1))
+        return dict(found)
 
     def events(self, *names: str) -> list[dict[str, Any]]:
         path = self.run / "job/events.jsonl"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 spec = importlib.util.spec_from_file_location("cluster_jobs", Path(__file__).with_name("jobs.py"))
 jobs = importlib.util.module_from_spec(spec)
@@ -91,11 +92,12 @@ def test_a_run_that_dies_again_and_again_gives_up(job, slurm):
 
 
 def test_a_cancelled_job_stays_cancelled(job, slurm):
-    job.submit(*QUICK, *LONGER, faults=SLOWLY.format(1))
+    """Although SLURM says from then on that its time is over."""
+    job.submit(*QUICK, *LONGER, "cluster.time=60", faults=SLOWLY.format(1))
     job.wait_for_step(2)
     slurm.run("scancel", job.job_id)
     slurm.wait_for(job.job_id, "CANCELLED", timeout=60)
-    assert job.events("ended")[-1]["then"] == "stopped"
+    assert [end["then"] for end in job.events("ended")] == ["stopped"]
 
 
 def test_cancel_with_save_leaves_a_checkpoint_of_the_step_and_the_same_command_goes_on(job, slurm, unbroken):
@@ -136,6 +138,34 @@ def test_a_second_job_for_the_same_run_is_refused(job, slurm):
     assert done.returncode == 2
     assert f"job {job.job_id} of this run is PENDING already" in done.stderr
     assert json.loads((job.run / "job/job.json").read_text())["job_id"] == job.job_id
+    (job.run / "job/job.json").unlink()  # as if its submission had been killed before it wrote that down
+    assert f"job {job.job_id} of this run is PENDING already" in job.call(*QUICK).stderr
+
+
+def test_two_submissions_of_a_run_at_once_are_one_job(job, slurm):
+    job.run.mkdir()
+    with FileLock(job.run / ".tunesmith-submit"):
+        done = job.call(*QUICK)
+    assert done.returncode == 2
+    assert "another submission of this run is under way" in done.stderr
+    assert not slurm.run("squeue", "--noheader", "--me", "--states=PENDING,RUNNING")
+
+
+def test_a_controller_that_is_away_when_a_rank_dies_is_waited_for(start_cluster, training_env, tmp_path, unbroken):
+    slurm = start_cluster(nodes=2)
+    job = Job(slurm, training_env, tmp_path / "run")
+    job.submit(*QUICK, *LONGER, faults=f"{SLOWLY.format(1)};kill:rank=1,step=12,phase=forward")
+    job.wait_for_step(2)
+    slurm.run("scontrol", "shutdown", "slurmctld")
+    log = job.run / f"job/job-{job.job_id}.log"
+    job.until(lambda: "SLURM's controller does not answer" in log.read_text(), "the word of the driver", 120)
+    slurm.verb("boot", "ctl")
+    job.finish()
+    first = job.events("ended")[0]
+    assert first["then"] == "requeued"
+    assert "rank 1 of 2" in first["cause"]
+    assert job.events("sick") == []
+    assert job.losses() == unbroken
 
 
 def test_a_preempted_job_saves_within_the_grace_time_and_goes_on_bitwise(
