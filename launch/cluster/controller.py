@@ -1,12 +1,12 @@
 """What a running job asks of SLURM's controller: its nodes, its own state, and to be started again."""
 
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 
-from tunesmith.launch.cluster.queue import ANSWER_SECONDS
+from tunesmith.launch.cluster.queue import ask
+from tunesmith.train.errors import TrainingError
 
 BAD_STATE = re.compile(r"DOWN|FAIL|NOT_RESPONDING|DRAIN|POWER|UNKNOWN|ERROR|INVAL")
 FIELD = re.compile(r"^\s*(State|Reason)=(.*?)(?:\s+[A-Z][A-Za-z]+=.*)?$", re.MULTILINE)
@@ -48,17 +48,8 @@ def may_pass(problem: str) -> bool:
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["scontrol", *arguments]
+    """What it answers; a controller that is silent is an exit code too."""
     try:
-        return subprocess.run(
-            command,
-            env=os.environ | {"LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ANSWER_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"no answer in {ANSWER_SECONDS:g} s")
+        return ask("scontrol", *arguments)
+    except TrainingError as silent:
+        return subprocess.CompletedProcess(["scontrol", *arguments], 1, "", silent.what)

@@ -69,7 +69,7 @@ def job_state(job_id: str) -> str | None:
 def job_facts(job_id: str) -> JobFacts | None:
     """What the queue says of a job; None when it does not know it, or no longer. Raises as job_state()."""
     layout = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
-    done = _ask("squeue", "--noheader", "--states=all", f"--jobs={_checked(job_id)}", f"--Format={layout}")
+    done = ask("squeue", "--noheader", "--states=all", f"--jobs={_checked(job_id)}", f"--Format={layout}")
     if done.returncode and "Invalid job id" not in done.stderr:
         raise _refused("squeue", done)
     lines = [line for line in done.stdout.splitlines() if line.strip() and not line.startswith("CLUSTER:")]
@@ -78,7 +78,7 @@ def job_facts(job_id: str) -> JobFacts | None:
 
 def jobs_of_script(script: Path) -> list[str]:
     """The ids of this user's jobs in the queue that run a script, oldest first. Raises as job_state()."""
-    done = _ask("squeue", "--me", "--noheader", "--sort=i", f"--Format=JobID:{ID_WIDTH},Command:4000")
+    done = ask("squeue", "--me", "--noheader", "--sort=i", f"--Format=JobID:{ID_WIDTH},Command:4000")
     if done.returncode:
         raise _refused("squeue", done)
     rows = [(line[:ID_WIDTH].strip(), line[ID_WIDTH:].strip()) for line in done.stdout.splitlines()]
@@ -105,7 +105,7 @@ def parse(line: str) -> JobFacts:
 
 def has_steps(job_id: str) -> bool:
     """Whether srun has something under way in a job, which a signal would reach. Raises as job_state()."""
-    done = _ask("squeue", "--noheader", "--steps", f"--jobs={_checked(job_id)}", "--format=%i")
+    done = ask("squeue", "--noheader", "--steps", f"--jobs={_checked(job_id)}", "--format=%i")
     if done.returncode and "Invalid job id" not in done.stderr:
         raise _refused("squeue", done)
     return any(re.search(r"\.\d+$", line.strip()) for line in done.stdout.splitlines())  # not 7.batch, 7.extern
@@ -113,14 +113,14 @@ def has_steps(job_id: str) -> bool:
 
 def signal_steps(job_id: str, name: str) -> None:
     """Sends a signal, such as TERM, to the ranks of a running job, not to its batch script. Raises as job_state()."""
-    done = _ask("scancel", f"--signal={name}", _checked(job_id))
+    done = ask("scancel", f"--signal={name}", _checked(job_id))
     if done.returncode:
         raise _refused("scancel", done)
 
 
 def cancel_job(job_id: str) -> None:
     """Takes a job out of the queue; ends it where it runs. Nothing where it has ended. Raises as job_state()."""
-    done = _ask("scancel", _checked(job_id))
+    done = ask("scancel", _checked(job_id))
     if done.returncode:
         raise _refused("scancel", done)
 
@@ -136,7 +136,8 @@ def _time(text: str) -> float | None:
     return float(text) if text.isdecimal() else None  # N/A, NONE, Unknown
 
 
-def _ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One of SLURM's programs, however it ends. Raises as job_state() when it does not answer, or is not there."""
     # A user's own SQUEUE_FORMAT, SQUEUE_STATES, ... would change what is printed.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SCANCEL_"))}
     try:
