@@ -54,8 +54,15 @@ QUICK = [(1, "bf16"), (3, "fp16")]
     ("stage", "precision"), [pytest.param(*p, marks=[] if p in QUICK else [pytest.mark.slow]) for p in MATRIX]
 )
 def test_what_each_kind_of_engine_saves_is_allowed_and_loads_bitwise(
-    ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, precision: str
+    ranks: Callable[[int], Any],
+    overrides_of: OverridesOf,
+    tmp_path: Path,
+    stage: int,
+    precision: str,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if precision == "fp16":
+        request.getfixturevalue("fp16")
     overrides = overrides_of(stage, f"engine.precision={precision}")
     alone = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])
     taken_up = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "pieces"), stop_after=[3])

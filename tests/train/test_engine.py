@@ -397,13 +397,7 @@ def test_offload_does_not_change_the_loss_curve(once: Once, overrides_of: Overri
     assert found["moments"] == ["torch.float32"]
 
 
-def fp16_is_supported() -> bool:
-    import torch
-
-    return bool(torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported())
-
-
-@pytest.mark.skipif(not fp16_is_supported(), reason="DeepSpeed refuses fp16 on a CPU without AMX-FP16 or AVX512-FP16")
+@pytest.mark.usefixtures("fp16")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_scales_its_loss_and_learns_as_fp32_does(once: Once, overrides_of: OverridesOf, stage: int) -> None:
     few = ["schedule.max_steps=24", "optimizer.learning_rate=3e-3"]
@@ -416,7 +410,7 @@ def test_fp16_scales_its_loss_and_learns_as_fp32_does(once: Once, overrides_of: 
     assert found["module"] == ["torch.float16"]
 
 
-@pytest.mark.skipif(not fp16_is_supported(), reason="DeepSpeed refuses fp16 on a CPU without AMX-FP16 or AVX512-FP16")
+@pytest.mark.usefixtures("fp16")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_skips_steps_until_its_loss_scale_fits(once: Once, overrides_of: OverridesOf, stage: int) -> None:
     high = ["engine.precision=fp16", "engine.deepspeed.fp16.initial_scale_power=20", "optimizer.max_skipped_steps=12"]

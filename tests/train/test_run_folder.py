@@ -33,7 +33,7 @@ def test_the_lock_of_a_folder_that_is_there_is_taken_before_anything_in_it_is_to
     before = sorted(tmp_path.rglob("*"))
     told = Reporter(None)
     with pytest.raises(ConfigError, match="another run is writing"):
-        _train(tiny_composed, World(), torch.device("cpu"), tmp_path, None, None, told, None)
+        _train(tiny_composed, World(), torch.device("cpu"), tmp_path, None, None, told, None, [])
     assert sorted(tmp_path.rglob("*")) == before
     lock.release()
 
@@ -42,7 +42,7 @@ def test_a_folder_that_set_up_has_failed_for_is_not_left_behind(tmp_path, tiny_c
     from tunesmith.train.run import _train
 
     with pytest.raises(AttributeError):  # there is no data
-        _train(tiny_composed, World(), torch.device("cpu"), tmp_path / "run", None, None, Reporter(None), None)
+        _train(tiny_composed, World(), torch.device("cpu"), tmp_path / "run", None, None, Reporter(None), None, [])
     assert list(tmp_path.iterdir()) == []
 
 
