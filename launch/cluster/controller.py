@@ -9,6 +9,7 @@ from tunesmith.launch.cluster.queue import ask
 from tunesmith.train.errors import TrainingError
 
 BAD_STATE = re.compile(r"DOWN|FAIL|NOT_RESPONDING|DRAIN|POWER|UNKNOWN|ERROR|INVAL")
+BY_WHOM = re.compile(r"\s*\[\S+@\S+\]$")  # who set the state, and when
 FIELD = re.compile(r"^\s*(State|Reason)=(.*?)(?:\s+[A-Z][A-Za-z]+=.*)?$", re.MULTILINE)
 
 
@@ -23,7 +24,7 @@ def ill_nodes(nodes: Sequence[str]) -> dict[str, str]:
     for node in nodes:
         fields = dict(FIELD.findall(_scontrol("show", "node", node).stdout))
         if BAD_STATE.search(fields.get("State", "")):
-            reason = fields.get("Reason", "").strip()
+            reason = BY_WHOM.sub("", fields.get("Reason", "").strip())
             found[node] = f"{fields['State'].strip()}{f' ({reason})' if reason else ''}"
     return found
 
