@@ -20,6 +20,8 @@ import sys
 import time
 from dataclasses import dataclass
 
+from tunesmith.train.stop import rank_in_environment
+
 VARIABLE = "TUNESMITH_FAULTS"
 RESTART = "TUNESMITH_RESTART"
 KINDS = (
@@ -97,7 +99,7 @@ class FaultPlan:
             return None
         restart = int(os.environ.get(RESTART, "0"))
         faults = [parse(part) for part in text.split(";") if part.strip()]
-        return cls([fault for fault in faults if fault.restart == restart], int(os.environ.get("RANK", "0")))
+        return cls([fault for fault in faults if fault.restart == restart], rank_in_environment())
 
     def strike(self, step: int, phase: str) -> None:
         """What is planned for this place, other than spoiled losses."""
