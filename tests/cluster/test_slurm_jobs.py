@@ -120,7 +120,7 @@ def test_cancel_with_save_leaves_a_checkpoint_of_the_step_and_the_same_command_g
         (["cluster.nodes=99"], ["cluster.nodes"]),
         (["cluster.memory=9999G"], ["node configuration", "cluster.nodes"]),
         (["batch.global_batch_size=3"], ["global_batch_size=3"]),
-        (["cluster.sbatch=[--nonsense=1]"], ["unrecognized option", "nonsense"]),
+        (["cluster.sbatch=['--nonsense=1']"], ["unrecognized option", "nonsense"]),
     ],
 )
 def test_a_refused_submission_is_one_clear_message_and_leaves_nothing(job, overrides, words):

@@ -116,7 +116,7 @@ class JobConfig:
     memory: str | None = None  # of each node, such as 200G; 0: all of it; null: the cluster's default
     exclude: list[str] = field(default_factory=list)  # nodes not to be used
     modules: list[str] = field(default_factory=list)  # environment modules to load, such as cuda/12.8
-    sbatch: list[str] = field(default_factory=list)  # further options of sbatch, such as --switches=1
+    sbatch: list[str] = field(default_factory=list)  # further options of sbatch, such as ['--switches=1']
     container: str | None = None  # image in which the ranks run; null: none
     container_runtime: ContainerRuntime = ContainerRuntime.apptainer  # apptainer; enroot (srun's --container-image)
     container_mounts: list[str] = field(default_factory=list)  # folders seen inside, besides code and run: a or a:b
