@@ -7,7 +7,6 @@ cannot be run as given, 75 when it was stopped, and with another code when it gi
 and writes the same to <run>/job/events.jsonl.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -17,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from tunesmith.launch import preflight
 from tunesmith.launch.arguments import main
 from tunesmith.launch.attempt import Ended
@@ -27,6 +24,7 @@ from tunesmith.launch.cluster.events import append, restarts_without_progress, s
 from tunesmith.launch.cluster.job_folder import FOLDER, JobFolder, find_job, make_room, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.outcome import Outcome, cause_of_failure, ends_of, ill, mistake, named_by_the_run
+from tunesmith.launch.cluster.srun import Srun
 from tunesmith.launch.cluster.standing import CONTROLLER_SECONDS, RETRY_SECONDS, Standing
 from tunesmith.launch.supervise import newest_checkpoint
 from tunesmith.train import run_folder
@@ -150,10 +148,10 @@ class Driver:
         goes_on = ["resume.source=auto"] if newest_checkpoint(run_dir) else []
         command = steps.training(self._spec, restart, [*self._spec.overrides, *goes_on])
         ours = {ENDS: str(ends), RESTART: str(restart), SICK_NODES: str(sick), QUIETLY: "1", "PYTHONUNBUFFERED": "1"}
-        ended = self._wait(subprocess.Popen(command, env=os.environ | ours, stdin=subprocess.DEVNULL), ends)
-        return self._judge(ended, sick)
+        srun = Srun(command, os.environ | ours)
+        return self._judge(self._wait(srun, ends), sick, srun.cause)
 
-    def _wait(self, srun: subprocess.Popen[bytes], ends: Path) -> Ended:
+    def _wait(self, srun: Srun, ends: Path) -> Ended:
         """Until srun has ended, or waits for nothing but nodes that are gone.
 
         The srun of a start that was cut off is killed before its ranks end: it would end the step of that number, which
@@ -161,10 +159,10 @@ class Driver:
         """
         first_end = None
         self._standing.note_limit()
-        while srun.poll() is None:
+        while srun.runs:
             time.sleep(POLL_SECONDS)
             if self._standing.is_fenced_off():
-                _forget(srun)
+                srun.forget()
             self._note_told()
             said = ends_of(ends)
             failed = any(one != RUNNING and one.split()[:1] != ["0"] for one in said.values())
@@ -190,7 +188,7 @@ class Driver:
     def _is_cancelled(self) -> bool:
         return self._job.stop_file.exists() or (self._told and not self._standing.time_is_over())
 
-    def _judge(self, ended: Ended, sick: Path) -> Outcome:
+    def _judge(self, ended: Ended, sick: Path, srun_said: str) -> Outcome:
         if ended.finished or (ended.code == 0 and run_folder.is_finished(self._spec.run_dir)):
             return Outcome("the run has finished", "finished", 0)
         if self._standing.is_fenced_off():
@@ -205,7 +203,7 @@ class Driver:
         lost = self._lost_nodes(ended) | named_by_the_run(sick)
         self._note_sick(lost)
         names = "".join(f"; node {node}: {reason}" for node, reason in lost.items())
-        cause = cause_of_failure(self._spec.run_dir, self._began) or ended.how
+        cause = cause_of_failure(self._spec.run_dir, self._began) or srun_said or ended.how
         return Outcome(f"{cause}{names}", "again", ended.code or 1)
 
     def _lost_nodes(self, ended: Ended) -> dict[str, str]:
@@ -288,14 +286,6 @@ class Driver:
         clean = {name: redact_text(value) if isinstance(value, str) else value for name, value in values.items()}
         number = self._here.restart if restart is None else restart
         append(self._folder, number, event, job_id=self._here.job_id, **clean)
-
-
-def _forget(srun: subprocess.Popen[bytes]) -> None:
-    """Kills srun without ending its step: first the child that would end it once srun is dead."""
-    with contextlib.suppress(psutil.Error):
-        for child in psutil.Process(srun.pid).children(recursive=True):
-            child.kill()
-    srun.kill()
 
 
 def _said(command: list[str], seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_a_killed_rank_is_named_and_the_job_goes_on(job, unbroken):
     job.finish()
     first = job.events("ended")[0]
     assert first["then"] == "requeued"
-    assert "rank 1 of 2" in first["cause"]
+    assert re.match(r"rank 1 (of 2|on n2: Killed)", first["cause"])  # by the ranks, or by srun where that is faster
     assert "\n" not in first["cause"]
     assert job.losses() == unbroken
 
@@ -117,7 +118,7 @@ def test_cancel_with_save_leaves_a_checkpoint_of_the_step_and_the_same_command_g
     ("overrides", "words"),
     [
         (["cluster.partition=nope"], ["invalid partition", "cluster.partition"]),
-        (["cluster.nodes=99"], ["cluster.nodes"]),
+        (["cluster.nodes=99", "batch.global_batch_size=99"], ["cluster.nodes"]),
         (["cluster.memory=9999G"], ["node configuration", "cluster.nodes"]),
         (["batch.global_batch_size=3"], ["global_batch_size=3"]),
         (["cluster.sbatch=['--nonsense=1']"], ["unrecognized option", "nonsense"]),
@@ -163,7 +164,7 @@ def test_a_controller_that_is_away_when_a_rank_dies_is_waited_for(start_cluster,
     job.finish()
     first = job.events("ended")[0]
     assert first["then"] == "requeued"
-    assert "rank 1 of 2" in first["cause"]
+    assert re.match(r"rank 1 (of 2|on n2: Killed)", first["cause"])
     assert job.events("sick") == []
     assert job.losses() == unbroken
 

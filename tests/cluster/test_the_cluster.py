@@ -46,7 +46,7 @@ def test_a_cut_link_is_noticed_and_the_old_ranks_run_on(slurm, make_job, tmp_pat
     node = slurm.wait_for(job, "RUNNING")["NodeList"]
     slurm.verb("link", node, "down")
     try:
-        slurm.wait_for_node(node, "down*", timeout=30)
+        slurm.wait_for_node(node, "down*", timeout=60)
         count = len((tmp_path / "beats").read_text().splitlines())
         slurm.run("scontrol", "hold", job)  # so that what beats from here on are the old ranks
         assert slurm.facts(job)["JobState"] == "PENDING"
