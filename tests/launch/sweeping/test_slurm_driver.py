@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tunesmith.launch.cluster.queue import COLUMNS
+from tunesmith.launch.cluster.queue import COLUMNS, ID_WIDTH
 from tunesmith.launch.sweeping import slurm_jobs
 from tunesmith.launch.sweeping.driver import Driver
 from tunesmith.launch.sweeping.places import NotNow
@@ -34,6 +34,7 @@ SBATCH = """
 [ "$1" = --test-only ] && exit 0
 id=$((41 + $(ls | grep -c job-)))
 echo PENDING > job-$id
+echo "$2" > script-$id
 if [ -f done ]; then
     run=$(dirname "$(dirname "$2")")
     mkdir "$run/model"
@@ -44,6 +45,12 @@ echo $id
 """
 SQUEUE = f"""
 for given in "$@"; do case "$given" in --jobs=*) id=${{given#--jobs=}} ;; esac; done
+if [ "$1" = --me ]; then
+    for job in job-*; do
+        [ -f "$job" ] && printf '%-{ID_WIDTH}s%s\\n' "${{job#job-}}" "$(cat "script-${{job#job-}}")"
+    done
+    exit 0
+fi
 [ -f "job-$id" ] || {{ echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1; }}
 printf '{"".join(f"%-{width}s" for width in COLUMNS.values())}\\n' "$(cat "job-$id")"
 """
