@@ -20,10 +20,10 @@ class Setting:
     """What all contestants share: config, tokenizer, our prepared data, and the rows as the others take them."""
 
     def __init__(self, scratch: Path) -> None:
-        from tunesmith.train.compose import compose_config
+        from tunesmith.train.config.compose import compose_config
         from tunesmith.train.data.prepare import prepare
+        from tunesmith.train.data.tokenizer import load_tokenizer
         from tunesmith.train.paths import resolve_path
-        from tunesmith.train.tokenizer import load_tokenizer
 
         self.scratch = scratch
         overrides = [
@@ -55,7 +55,7 @@ class Setting:
         self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def model(self) -> Any:
-        from tunesmith.train.model import load_base
+        from tunesmith.train.model.load import load_base
 
         model = load_base(self.config)
         model.config.use_cache = False
@@ -90,10 +90,10 @@ def tunesmith(setting: Setting) -> Training:
     """The real loop: its data path, engine and bookkeeping."""
     import torch
 
-    from tunesmith.train.distributed import World, start
-    from tunesmith.train.loop import Loop
-    from tunesmith.train.reporter import Reporter
-    from tunesmith.train.setup import set_up
+    from tunesmith.train.ranks.distributed import World, start
+    from tunesmith.train.run.loop import Loop
+    from tunesmith.train.run.setup import set_up
+    from tunesmith.train.track.reporter import Reporter
 
     class Turns(Reporter):
         step_done: StepDone

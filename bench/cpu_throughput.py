@@ -112,7 +112,7 @@ def import_everything(name: str) -> None:
     if name == "sft_packed":
         import trl.trainer.sft_trainer  # noqa: F401
     if name in ("tunesmith", "control"):
-        import tunesmith.train.loop  # noqa: F401
+        import tunesmith.train.run.loop  # noqa: F401
     datasets.disable_progress_bars()
 
 

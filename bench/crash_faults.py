@@ -287,8 +287,8 @@ def plant(file: Path, command: str) -> None:
 
 def sign(checkpoint: Path, name: str) -> None:
     """Makes our manifest fit the changed file, as somebody would who may write there: what is left is the reading."""
-    from tunesmith.train.durable import digest_of
-    from tunesmith.train.manifest import NAME, read_manifest
+    from tunesmith.train.files.durable import digest_of
+    from tunesmith.train.files.manifest import NAME, read_manifest
 
     manifest = read_manifest(checkpoint)
     signed = replace(manifest, files={**manifest.files, name: digest_of(checkpoint / name)})

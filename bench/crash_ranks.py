@@ -26,7 +26,10 @@ LATE = ["deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject",
 LATE += ["torch.utils.cpp_extension", "torch._dynamo", "networkx", "transformers.models.llama.modeling_llama"]
 IMPORTS = {
     "tunesmith": [
-        *(f"tunesmith.train.{name}" for name in ("run", "finish", "loop", "setup", "summary", "engine", "compose")),
+        *(
+            f"tunesmith.train.{name}"
+            for name in ("run.run", "run.finish", "run.loop", "run.setup", "run.summary", "engine", "config.compose")
+        ),
         *("peft", "hydra.compose"),
     ],
     "trainer": ["deepspeed", "accelerate", "transformers.trainer"],
@@ -40,7 +43,7 @@ def tell(**message: Any) -> None:
 def trace_tunesmith(trace: Trace) -> None:
     """Notes each forward of this process."""
     from tunesmith.train.engine import Engine
-    from tunesmith.train.progress import progress
+    from tunesmith.train.ranks.progress import progress
 
     loss_sum = Engine.loss_sum
 

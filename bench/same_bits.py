@@ -4,8 +4,8 @@
     python bench/same_bits.py after.json --against before.json
 
 The digest holds every loss and gradient norm as written, each tensor file of each checkpoint, the loop's counters
-without their seconds, and the model's weights. Exit code 1, with the names, where two digests differ. On the CPU, in fp32; about
-three minutes.
+without their seconds, and the model's weights. Exit code 1, with the names, where two digests differ. On the CPU, in
+fp32; about three minutes.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tunesmith.launch.cluster import sbatch, steps
 from tunesmith.launch.cluster.job_spec import JobSpec
-from tunesmith.train.config import ClusterConfig
+from tunesmith.train.config.config import ClusterConfig
 
 ROOT = Path(__file__).parents[1]
 RANK = """import os, pathlib, time

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from tunesmith.train.errors import ConfigError, Stopped, TunesmithError
+from tunesmith.train.ranks.stop import end, end_stopped, rank_in_environment, report_end
 from tunesmith.train.redact import print_traceback, redact_text, redact_uncaught
-from tunesmith.train.stop import end, end_stopped, rank_in_environment, report_end
 
 EXIT_INTERRUPTED = 130  # Ctrl-C in a script that has nothing to save
 OTHERS_WAIT_SECONDS = 15.0  # for rank 0 to have said it first

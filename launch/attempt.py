@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED
-from tunesmith.train.launchers import launcher_of
-from tunesmith.train.stop import ENDS, LAUNCHER_GONE
+from tunesmith.train.ranks.launchers import launcher_of
+from tunesmith.train.ranks.stop import ENDS, LAUNCHER_GONE
 
 PR_SET_CHILD_SUBREAPER = 36
 SAVE_SECONDS = 600.0  # for ranks that have lost their launcher to save and end

@@ -18,7 +18,7 @@ def chat(arguments: list[str]) -> None:
     values = key_values(arguments, DEFAULTS, (__doc__ or "").split("\n\n", 1)[1])
     run_dir = run_dir_of(values["run"])
     max_new_tokens, temperature = whole_number(values, "max_new_tokens"), _temperature(values)
-    from tunesmith.train.bot import Bot
+    from tunesmith.train.answer.bot import Bot
 
     bot = Bot(run_dir, max_new_tokens=max_new_tokens, temperature=temperature)
     history: list[dict[str, Any]] = [{"role": "system", "content": values["system"]}] if values["system"] else []

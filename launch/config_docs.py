@@ -17,18 +17,18 @@ import yaml
 from omegaconf import OmegaConf
 
 from tunesmith.launch.arguments import main
-from tunesmith.train.compose import SEARCH_SPACES, compose_tree, type_in_words
-from tunesmith.train.config import Config
+from tunesmith.train.config.compose import SEARCH_SPACES, compose_tree, type_in_words
+from tunesmith.train.config.config import Config
+from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.places import CONF_DIR
 
 PAGE = CONF_DIR.resolve().parent / "docs" / "config.md"
 INTRO = """\
 # Every setting
 
-Written by `python -m tunesmith.launch.config_docs` from the schema (`train/config.py`, `train/schema/`) and the files
-of `conf/`; a test fails when it is stale. `python launch/train.py --help` lists the groups, `... --cfg` prints the
-config that a command line makes.
+Written by `python -m tunesmith.launch.config_docs` from the schema (`train/config/config.py`, `train/config/schema/`)
+and the files of `conf/`; a test fails when it is stale. `python launch/train.py --help` lists the groups, `... --cfg`
+prints the config that a command line makes.
 
 ## How to say it
 

@@ -24,10 +24,10 @@ def evaluate(arguments: list[str]) -> None:
         raise ConfigError("there are no questions.", at="command line", do="add data=<file.jsonl>.")
     batch_size, max_new_tokens = whole_number(values, "batch_size"), whole_number(values, "max_new_tokens")
 
-    from tunesmith.train.bot import Bot
-    from tunesmith.train.console import Console
+    from tunesmith.train.answer.bot import Bot
+    from tunesmith.train.answer.evaluate import answer_metrics, same_answer
     from tunesmith.train.data.prepare import prepare
-    from tunesmith.train.evaluate import answer_metrics, same_answer
+    from tunesmith.train.track.console import Console
 
     bot = Bot(run_dir, max_new_tokens=max_new_tokens)
     data = replace(bot.config.data, train=[values["data"]], validation=[], validation_fraction=0.0)

@@ -19,7 +19,7 @@ def export(arguments: list[str]) -> None:
     if not values["out"] or out.exists():
         problem = f"{out} is there already." if values["out"] else "no folder to write to."
         raise ConfigError(problem, at="out", do="add out=<a folder that does not exist>.")
-    from tunesmith.train.merge import merge
+    from tunesmith.train.answer.merge import merge
 
     sys.stdout.write(f"{out}: {merge(run_dir, out)}\n")
 

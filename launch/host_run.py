@@ -18,10 +18,10 @@ from typing import IO
 
 from tunesmith.launch import preflight, start_file
 from tunesmith.launch.hostfile import Host
-from tunesmith.train.config import Device
+from tunesmith.train.config.config import Device
 from tunesmith.train.errors import TrainingError
-from tunesmith.train.node_facts import NodeFacts, judge
-from tunesmith.train.stop import SIGNALS
+from tunesmith.train.ranks.stop import SIGNALS
+from tunesmith.train.watch.node_facts import NodeFacts, judge
 
 # A host whose link is cut would keep ssh waiting for hours: it is asked every 15 s, and given up after a minute.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"

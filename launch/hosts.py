@@ -27,9 +27,9 @@ from tunesmith.launch.arguments import main, take_option
 from tunesmith.launch.environment import chosen, without_secrets
 from tunesmith.launch.host_run import HostRun, look_at_hosts
 from tunesmith.launch.hostfile import Host, read_hostfile
-from tunesmith.train.config import ClusterKind, Device
+from tunesmith.train.config.config import ClusterKind, Device
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.stop import end
+from tunesmith.train.ranks.stop import end
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # what the shell on the other side leaves as it is
@@ -79,8 +79,8 @@ def hosts(arguments: list[str]) -> None:
 
 def make_plan(arguments: list[str], env: Mapping[str, str]) -> Plan:
     """From the command line; raises ConfigError. Looks at files, not at machines."""
-    from tunesmith.train import run_folder
-    from tunesmith.train.compose import compose_config
+    from tunesmith.train.config.compose import compose_config
+    from tunesmith.train.files import run_folder
 
     port, rest = take_option(arguments, "--master-port")
     port = port or "29500"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tunesmith.train.node_facts import SHARE, NodeFacts, Sick, judge, look
+from tunesmith.train.watch.node_facts import SHARE, NodeFacts, Sick, judge, look
 
 NONCE, BEGAN = "nonce", "began"
 REPORT = "preflight-report "  # how the line begins that a node prints

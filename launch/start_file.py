@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.node_facts import node_name
+from tunesmith.train.watch.node_facts import node_name
 
 FOLDER = ".tunesmith-start-"  # a name that makes no run folder look used
 FILE = "start.json"

@@ -27,7 +27,7 @@ from types import FrameType
 from tunesmith.launch.arguments import main, take_option
 from tunesmith.launch.attempt import Attempt
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
-from tunesmith.train.stop import SIGNALS, end
+from tunesmith.train.ranks.stop import SIGNALS, end
 
 LONGEST_BACKOFF = 300.0
 CHECKPOINT = re.compile(r"step-(\d{6,})")
@@ -160,7 +160,7 @@ class Supervisor:
 
 def _is_finished(folder: Path, code: int) -> bool:
     """For a command whose ranks are on other machines: their exit codes do not reach us."""
-    from tunesmith.train.run_folder import is_finished
+    from tunesmith.train.files.run_folder import is_finished
 
     return code == 0 and is_finished(folder)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from tunesmith.launch import start_file
 from tunesmith.launch.arguments import main, take_option
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.stop import stop_request
+from tunesmith.train.ranks.stop import stop_request
 
 
 def train(arguments: list[str]) -> None:
@@ -32,7 +32,7 @@ def compose_and_train(arguments: list[str]) -> None:
     start, arguments = take_option(arguments, "--start")
     if start is not None:  # by launch/hosts.py; first, as libraries read variables while they are imported
         arguments = start_file.take(Path(start))
-    from tunesmith.train.compose import CONF_DIR, compose_config
+    from tunesmith.train.config.compose import CONF_DIR, compose_config
 
     config_dir, overrides = take_option(arguments, "--config-dir")
     own = None if config_dir is None else Path(config_dir).expanduser()
@@ -53,7 +53,7 @@ def compose_and_train(arguments: list[str]) -> None:
 
         sys.stdout.write(yaml.safe_dump(redact(composed.resolved), sort_keys=False))
         return
-    from tunesmith.train.run import run
+    from tunesmith.train.run.run import run
 
     with composed.errors_located():
         run(composed)
@@ -61,7 +61,7 @@ def compose_and_train(arguments: list[str]) -> None:
 
 def groups(folders: list[Path]) -> str:
     """The config groups and their options, a line each."""
-    from tunesmith.train.compose import group_options
+    from tunesmith.train.config.compose import group_options
 
     names = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
     rows = [(name, group_options(name, folders)) for name in names]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from tunesmith.train.compose import parse_override
+from tunesmith.train.config.compose import parse_override
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.redact import redact, redact_text
 

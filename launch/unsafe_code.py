@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.launch.arguments import main
+from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import TunesmithError
-from tunesmith.train.places import CONF_DIR
 
 ROOT = CONF_DIR.resolve().parent
 EVALUATES = frozenset({"eval", "exec", "compile", "__import__", "execfile"})
@@ -36,7 +36,7 @@ MIN_REASON = 8  # characters
 CODES = {
     "TS001": "torch.load without weights_only=True reads a pickle",
     "TS002": "it runs a text as code",
-    "TS003": "an object collective sends pickles; train/distributed.py has broadcast_text and gather_floats",
+    "TS003": "an object collective sends pickles; train/ranks/distributed.py has broadcast_text and gather_floats",
     "TS004": "allow_pickle lets an array file run code",
     "TS005": "a shell reads the command; give subprocess a list and no shell",
     "TS006": "trust_remote_code must come from the config",

@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from tunesmith.kernels.cross_entropy import token_nll
-from tunesmith.train import engine_universal
-from tunesmith.train.background_writer import Part
-from tunesmith.train.config import AdapterKind, Config, Kernels, Offload
+from tunesmith.train.config.config import AdapterKind, Config, Kernels, Offload
 from tunesmith.train.data.store import MicroBatch
-from tunesmith.train.distributed import World, barrier
-from tunesmith.train.engine_config import deepspeed_config, is_plain_fp32, raw_keys_explained
-from tunesmith.train.engine_deepspeed import deepspeed
-from tunesmith.train.engine_files import EngineFiles
-from tunesmith.train.engine_sharding import full_shape, gathered
 from tunesmith.train.errors import TrainingError
-from tunesmith.train.kernel_choice import choose_kernels
-from tunesmith.train.output_head import TargetRows, loss_in_head
+from tunesmith.train.files.background_writer import Part
+from tunesmith.train.model.kernel_choice import choose_kernels
+from tunesmith.train.model.output_head import TargetRows, loss_in_head
+from tunesmith.train.ranks.distributed import World, barrier
+from tunesmith.train.zero import universal as engine_universal
+from tunesmith.train.zero.checkpoint_engine import EngineFiles
+from tunesmith.train.zero.deepspeed import deepspeed
+from tunesmith.train.zero.deepspeed_config import deepspeed_config, is_plain_fp32, raw_keys_explained
+from tunesmith.train.zero.sharding import full_shape, gathered
 
 TAG = "engine"  # folder of DeepSpeed's files inside a checkpoint
 

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from tunesmith.launch.cluster.job_folder import tail_rows
-from tunesmith.train.schema.cluster import NODE_LIST
+from tunesmith.train.config.schema.cluster import NODE_LIST
 
 NAME = "events.jsonl"
 SICK_HOURS = 24.0  # that a node stays excluded: by then somebody has seen to it

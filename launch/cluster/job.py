@@ -27,13 +27,13 @@ from tunesmith.launch.cluster.outcome import Outcome, cause_of_failure, ends_of,
 from tunesmith.launch.cluster.srun import Srun
 from tunesmith.launch.cluster.standing import CONTROLLER_SECONDS, RETRY_SECONDS, Standing
 from tunesmith.launch.supervise import newest_checkpoint
-from tunesmith.train import run_folder
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
-from tunesmith.train.fault_plan import RESTART
-from tunesmith.train.fence import fence, token_from_environment
-from tunesmith.train.node_facts import SICK_NODES
+from tunesmith.train.files import run_folder
+from tunesmith.train.files.fence import fence, token_from_environment
+from tunesmith.train.ranks.fault_plan import RESTART
+from tunesmith.train.ranks.stop import ENDS, QUIETLY, RUNNING, end
 from tunesmith.train.redact import redact_text
-from tunesmith.train.stop import ENDS, QUIETLY, RUNNING, end
+from tunesmith.train.watch.node_facts import SICK_NODES
 
 PREFLIGHT_SECONDS = 120.0
 PROBE_SECONDS = 20.0  # for a node to answer, of whose ranks nothing was heard

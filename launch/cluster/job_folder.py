@@ -17,8 +17,8 @@ import orjson
 
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.queue import JOB_ID
-from tunesmith.train import durable
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.files import durable
 
 FOLDER = "job"
 TAIL_BYTES = 2**18  # of a file with a row for each step: some hundreds of rows

@@ -21,7 +21,7 @@ from tunesmith.launch.cluster.job_folder import JobFolder, run_folder_of, the_jo
 from tunesmith.launch.cluster.log_file import LogFile
 from tunesmith.launch.cluster.queue import job_facts
 from tunesmith.train.errors import ConfigError, TrainingError
-from tunesmith.train.stop import end
+from tunesmith.train.ranks.stop import end
 
 LINES_BEFORE_FOLLOWING = 10
 LOOK_SECONDS = 0.5  # between two looks at the files

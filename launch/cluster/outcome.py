@@ -8,7 +8,7 @@ from pathlib import Path
 from tunesmith.launch.attempt import Ended
 from tunesmith.launch.cluster import controller
 from tunesmith.train.errors import EXIT_MISTAKE
-from tunesmith.train.stop import RUNNING
+from tunesmith.train.ranks.stop import RUNNING
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Outcome:
 
 
 def ends_of(folder: Path) -> dict[int, str]:
-    """What each rank has left there (train/stop.py): rank -> "75 SIGTERM", "1 <cause>", "0", or RUNNING."""
+    """What each rank has left there (train/ranks/stop.py): rank -> "75 SIGTERM", "1 <cause>", "0", or RUNNING."""
     found = {}
     for path in folder.glob("rank-*"):
         number = path.name.removeprefix("rank-")
@@ -53,7 +53,7 @@ def cause_of_failure(run_dir: Path, since: float) -> str:
 
 
 def named_by_the_run(sick: Path) -> dict[str, str]:
-    """Nodes that the run itself found to be sick (train/node_checks.py)."""
+    """Nodes that the run itself found to be sick (train/watch/node_checks.py)."""
     found = {}
     for line in sick.read_text(encoding="utf-8").splitlines() if sick.exists() else []:
         row = json.loads(line)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tunesmith.launch.cluster.job_spec import JobSpec
-from tunesmith.train.config import ClusterConfig
+from tunesmith.train.config.config import ClusterConfig
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.redact import names_a_secret
 

@@ -5,7 +5,7 @@ import time
 
 from tunesmith.launch.cluster.queue import JobFacts, job_facts
 from tunesmith.train.errors import TunesmithError
-from tunesmith.train.fence import Superseded, fence
+from tunesmith.train.files.fence import Superseded, fence
 
 CONTROLLER_SECONDS = 3600.0  # for the controller to answer, before the job gives up
 RETRY_SECONDS = 5.0

@@ -17,9 +17,9 @@ import yaml
 from tunesmith.launch.cluster.job_folder import JobFolder, find_job, run_folder_of, tail_rows
 from tunesmith.launch.cluster.queue import job_facts
 from tunesmith.launch.supervise import newest_checkpoint
-from tunesmith.train.console import duration
 from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.redact import redact_text
+from tunesmith.train.track.console import duration
 
 USAGE = "write: python launch/slurm.py status [--json] <run>"
 NUM_CAUSES = 5  # the last ends of the job that are shown

@@ -20,11 +20,12 @@ from tunesmith.launch.cluster.queue import JOB_ID, job_facts, jobs_of_script
 from tunesmith.launch.cluster.sbatch import render
 from tunesmith.launch.environment import chosen
 from tunesmith.launch.typed_secrets import refuse_secrets
-from tunesmith.train import durable, engine_config, run_folder
-from tunesmith.train.compose import Composed, compose_config
-from tunesmith.train.config import ClusterKind
+from tunesmith.train.config.compose import Composed, compose_config
+from tunesmith.train.config.config import ClusterKind
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.files import durable, run_folder
 from tunesmith.train.redact import names_a_secret
+from tunesmith.train.zero import deepspeed_config as engine_config
 
 SUBMIT_SECONDS = 60.0  # for sbatch to answer
 SCRIPT = "script.sh"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from tunesmith.train.report_data import nice_ticks, tick_labels
+from tunesmith.train.track.report_data import nice_ticks, tick_labels
 
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 32

@@ -7,8 +7,8 @@ from html import escape
 
 from tunesmith.launch.sweeping.axes import BOTTOM, HEIGHT, TOP, WIDTH, Axis, Frame, axis, titled, worth_showing
 from tunesmith.launch.sweeping.result import Result, Row
-from tunesmith.train.console import figure, spoken
-from tunesmith.train.report_data import words
+from tunesmith.train.track.console import figure, spoken
+from tunesmith.train.track.report_data import words
 
 
 def history(result: Result) -> str:

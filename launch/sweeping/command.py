@@ -18,9 +18,9 @@ from tunesmith.launch.sweeping.plan import make_plan
 from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, SweeperConfig
 from tunesmith.launch.sweeping.sweeper import TunesmithSweeper
 from tunesmith.launch.typed_secrets import refuse_secrets
-from tunesmith.train.compose import SEARCH_SPACES, admit_raw_key, group_options
+from tunesmith.train.config.compose import SEARCH_SPACES, admit_raw_key, group_options
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError
-from tunesmith.train.stop import end
+from tunesmith.train.ranks.stop import end
 
 
 def sweep(arguments: list[str]) -> None:

@@ -17,11 +17,11 @@ from tunesmith.launch.sweeping.report import experiment_commands, write_report
 from tunesmith.launch.sweeping.result import best_trials
 from tunesmith.launch.sweeping.settings import Pruner
 from tunesmith.launch.sweeping.trials import ENDED, Trials, begin_attempt, end_attempt, seconds_of, spans_of
-from tunesmith.train.compose import compose_config
-from tunesmith.train.console import duration, figure
+from tunesmith.train.config.compose import compose_config
 from tunesmith.train.errors import TunesmithError
+from tunesmith.train.ranks.stop import SIGNALS
 from tunesmith.train.redact import redact_text
-from tunesmith.train.stop import SIGNALS
+from tunesmith.train.track.console import duration, figure
 
 LOOK_SECONDS = 0.2
 FOLLOW_SECONDS = 1.0  # between two looks at the metrics of a running trial

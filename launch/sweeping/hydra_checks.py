@@ -7,8 +7,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tunesmith.launch.sweeping.settings import GROUP, TARGET
+from tunesmith.train.config.schema.cluster import CONSTRAINT, MAX_WORD, MEMORY, NODE_LIST, WORD
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.schema.cluster import CONSTRAINT, MAX_WORD, MEMORY, NODE_LIST, WORD
 
 JOB_NAME = "tunesmith"
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"

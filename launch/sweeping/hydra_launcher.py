@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from tunesmith.launch.sweeping.places import Ended, free_port, supervised, training_command, trial_environment
 from tunesmith.launch.sweeping.plan import Plan, num_gpus
-from tunesmith.train.compose import admit_raw_key
-from tunesmith.train.config import Device
+from tunesmith.train.config.compose import admit_raw_key
+from tunesmith.train.config.config import Device
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError, TrainingError
 
 STOP = "stop"  # a file claims/<number>.stop asks a job to save and end

@@ -22,12 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 from tunesmith.launch.sweeping.hydra_checks import JOB_NAME, LAUNCHER_SETTINGS, LAUNCHERS, check_composed
 from tunesmith.launch.sweeping.plan import quoted
 from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, Sampler, SweeperConfig
-from tunesmith.train.compose import SEARCH_SPACES, admit_raw_key, parse_override
-from tunesmith.train.config import Config
+from tunesmith.train.config.compose import SEARCH_SPACES, admit_raw_key, parse_override
+from tunesmith.train.config.config import Config
+from tunesmith.train.config.origins import CONF_DIR, line_of_key, one_line, shown
+from tunesmith.train.config.own_yaml import not_yaml
+from tunesmith.train.config.suggest import did_you_mean, nearest
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.own_yaml import not_yaml
-from tunesmith.train.places import CONF_DIR, line_of_key, one_line, shown
-from tunesmith.train.suggest import did_you_mean, nearest
 
 SWEEPERS = {"grid": Sampler.grid, "random": Sampler.random, "optuna": Sampler.tpe}
 CHOICES = {"hydra/sweeper": list(SWEEPERS), "hydra/launcher": list(LAUNCHERS)}

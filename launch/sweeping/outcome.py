@@ -8,9 +8,9 @@ from typing import Any
 
 from tunesmith.launch.cluster.job_folder import JobFolder
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED
+from tunesmith.train.files.rows import read_rows
+from tunesmith.train.files.run_folder import is_finished
 from tunesmith.train.redact import redact_text
-from tunesmith.train.rows import read_rows
-from tunesmith.train.run_folder import is_finished
 
 LOG_TAIL_BYTES = 20_000
 FIGURES = {  # of summary.json

@@ -4,9 +4,9 @@ from html import escape
 
 from tunesmith.launch.sweeping import charts
 from tunesmith.launch.sweeping.result import Result, Row
-from tunesmith.train.console import duration, figure
-from tunesmith.train.report_data import words
-from tunesmith.train.report_html import STYLE
+from tunesmith.train.track.console import duration, figure
+from tunesmith.train.track.report_data import words
+from tunesmith.train.track.report_html import STYLE
 
 OWN_STYLE = """
 .wide{grid-column:1/-1}.faint{opacity:.45}.thin{stroke-width:1.3;opacity:.5}.ls{stroke:var(--soft);stroke-dasharray:4 3}

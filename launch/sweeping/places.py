@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError
-from tunesmith.train.run_folder import JOB, OURS
+from tunesmith.train.files.run_folder import JOB, OURS
 
 LAUNCH = Path(__file__).absolute().parents[1]
 # Of the process that starts the sweep: a trial is no rank of it.

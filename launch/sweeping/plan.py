@@ -15,11 +15,11 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from tunesmith.launch.sweeping.settings import DEFAULT_TRIALS, GROUP, Pruner, Sampler, SweeperConfig
 from tunesmith.launch.sweeping.space import Space, read_space
 from tunesmith.launch.typed_secrets import is_secret, refuse_secrets
-from tunesmith.train.compose import compose_config
-from tunesmith.train.config import ClusterKind, Config, Device
+from tunesmith.train.config.compose import compose_config
+from tunesmith.train.config.config import ClusterKind, Config, Device
+from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.places import CONF_DIR
-from tunesmith.train.rows import write_atomically
+from tunesmith.train.files.rows import write_atomically
 
 DEFINITION = "definition.json"  # in the sweep's folder: what is searched, which a second command must share
 LONGEST_NAME = 80  # characters of the run's name in those of its trials and of the sweep; a name has at most 100

@@ -13,9 +13,9 @@ from tunesmith.launch.sweeping.page import render_page
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.launch.sweeping.result import Result, Row, read_result
 from tunesmith.launch.sweeping.trials import Trials
-from tunesmith.train.console import duration, figure
+from tunesmith.train.files.rows import write_atomically
 from tunesmith.train.redact import redact
-from tunesmith.train.rows import write_atomically
+from tunesmith.train.track.console import duration, figure
 
 JSON, PAGE = "sweep.json", "sweep.html"
 TURN_SECONDS = 10.0  # that a driver waits while another one writes the same files

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+from tunesmith.train.config.schema.checks import check_no_empty_text, check_not_negative, check_positive
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.schema.checks import check_no_empty_text, check_not_negative, check_positive
 
 GROUP = "hydra.sweeper"
 TARGET = "tunesmith.launch.sweeping.sweeper.TunesmithSweeper"  # for Hydra's reader; nothing instantiates it

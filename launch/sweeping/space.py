@@ -15,9 +15,9 @@ from typing import Any
 
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 
-from tunesmith.train.compose import group_options, parse_override
+from tunesmith.train.config.compose import group_options, parse_override
+from tunesmith.train.config.origins import one_line
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.places import one_line
 
 GRAMMAR = "write key=a,b or range(start,stop,step), interval(low,high), tag(log,interval(low,high)), int(interval(..))."
 MAX_RANGE = 100_000  # numbers of one range, which are listed

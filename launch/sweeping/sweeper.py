@@ -15,7 +15,7 @@ from tunesmith.launch.sweeping.plan import Plan, claim_folder, make_plan
 from tunesmith.launch.sweeping.settings import GROUP, SweeperConfig
 from tunesmith.launch.sweeping.slurm_jobs import SlurmJobs
 from tunesmith.launch.typed_secrets import is_secret
-from tunesmith.train.compose import SEARCH_SPACES
+from tunesmith.train.config.compose import SEARCH_SPACES
 from tunesmith.train.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.sbatch import DRIVER, render
-from tunesmith.train.config import ClusterConfig
+from tunesmith.train.config.config import ClusterConfig
 from tunesmith.train.errors import ConfigError
 
 pytestmark = pytest.mark.cluster

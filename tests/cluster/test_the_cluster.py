@@ -59,7 +59,7 @@ def test_a_cut_link_is_noticed_and_the_old_ranks_run_on(slurm, make_job, tmp_pat
 
 
 def test_a_training_can_be_imported_on_a_node(slurm, training_env):
-    program = "import tunesmith.train.compose, torch.distributed as d; print(d.is_gloo_available())"
+    program = "import tunesmith.train.config.compose, torch.distributed as d; print(d.is_gloo_available())"
     said = slurm.run("srun", "-N1", sys.executable, "-c", program, env=training_env, timeout=120)
     assert said.splitlines()[-1] == "True"
     assert list(Path(training_env["TORCH_EXTENSIONS_DIR"]).glob("**/*.so"))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.train.places import CONF_DIR
+from tunesmith.train.config.origins import CONF_DIR
 
 TINY = CONF_DIR.resolve() / "model/tiny"
 GOOD = '{"prompt": "How do I log in?", "completion": "With your e-mail."}\n'

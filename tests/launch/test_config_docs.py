@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from tunesmith.launch import config_docs
-from tunesmith.train.compose import schema_keys
-from tunesmith.train.config import Config
+from tunesmith.train.config.compose import schema_keys
+from tunesmith.train.config.config import Config
+from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.places import CONF_DIR
 
 
 def test_the_page_is_not_stale() -> None:

@@ -165,7 +165,7 @@ def test_a_rank_that_hangs_is_named_and_all_stacks_are_written(
         if rank == cause[0] and "stop:" in faults:
             assert "a stopped process runs nothing" in text
         else:
-            assert "tunesmith/train/loop.py" in text
+            assert "tunesmith/train/run/loop.py" in text
     if "stop:" not in faults:
         assert "fault_plan.py" in stacks[cause[0]]
     assert ended.checkpoints == ["step-000002"]

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
-from tunesmith.train.compose import compose_config, load_resolved
+from tunesmith.train.config.compose import compose_config, load_resolved
 from tunesmith.train.errors import ConfigError
 
 PLANTED = "planted_by_a_config"  # a module that would leave the canary when it is imported
@@ -147,7 +147,7 @@ def test_a_hostile_override_is_refused(form: str, target: str, canary: Path) -> 
     ],
 )
 def test_hydra_resolvers_and_deepspeed_run_nothing_that_a_user_names(override: str, message: str, canary: Path) -> None:
-    from tunesmith.train import engine_config
+    from tunesmith.train.zero import deepspeed_config as engine_config
 
     with pytest.raises(ConfigError, match=message):
         engine_config.check(compose_config(["+exp=debug", override.format(planted=PLANTED)]).config, world_size=1)

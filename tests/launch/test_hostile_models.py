@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.train.compose import compose_config
+from tunesmith.train.config.compose import compose_config
+from tunesmith.train.config.origins import CONF_DIR
+from tunesmith.train.data.tokenizer import load_tokenizer
 from tunesmith.train.errors import ConfigError, ModelError
-from tunesmith.train.foreign_code import check_adapter, check_kernels
-from tunesmith.train.places import CONF_DIR
-from tunesmith.train.tokenizer import load_tokenizer
+from tunesmith.train.model.foreign_code import check_adapter, check_kernels
 
 TINY = CONF_DIR.resolve() / "model/tiny"
 FLAG = "model.trust_remote_code=true"

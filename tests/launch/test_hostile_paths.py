@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tunesmith.train import run_folder
-from tunesmith.train.compose import compose_config
+from tunesmith.train.config.compose import compose_config
 from tunesmith.train.data.cache import open_or_build
 from tunesmith.train.data.records import read_records
 from tunesmith.train.errors import ConfigError, DataError, ModelError
-from tunesmith.train.foreign_code import check_index
+from tunesmith.train.files import run_folder
+from tunesmith.train.model.foreign_code import check_index
 
 ROW = '{"prompt": "How do I log in?", "completion": "With your e-mail."}\n'
 SMALL = ("+exp=debug", "data.validation=[]", "evaluate.every_steps=null", "evaluate.generate=false")

@@ -37,12 +37,12 @@ FAILING = """
 import os, sys
 from tunesmith.launch.arguments import main
 from tunesmith.launch.train import train
-import tunesmith.train.run
+import tunesmith.train.run.run
 
-prepare = tunesmith.train.run.prepare
+prepare = tunesmith.train.run.run.prepare
 
 def with_a_broken_step(*arguments, **options):
-    import tunesmith.train.loop as loop
+    import tunesmith.train.run.loop as loop
     step = loop.optimizer_step
     steps = []
 
@@ -59,7 +59,7 @@ def with_a_broken_step(*arguments, **options):
 def secret():
     return next(text for text in sys.argv if "password" in text).rsplit("=", 1)[1].strip("'")
 
-tunesmith.train.run.prepare = with_a_broken_step
+tunesmith.train.run.run.prepare = with_a_broken_step
 main(lambda arguments: train(arguments[:-1]))
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.launch import preflight
-from tunesmith.train.node_facts import NodeFacts
+from tunesmith.train.watch.node_facts import NodeFacts
 
 
 def run(out: Path, nonce: str, node: str) -> "subprocess.CompletedProcess[str]":

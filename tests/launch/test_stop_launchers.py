@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tunesmith.train.launchers import launcher_of
-from tunesmith.train.stop import ENDS
+from tunesmith.train.ranks.launchers import launcher_of
+from tunesmith.train.ranks.stop import ENDS
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launch/train.py")

@@ -26,7 +26,7 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 from tunesmith.launch.arguments import main
 from tunesmith.train.errors import ConfigError, Stopped
-from tunesmith.train.stop import stop_request
+from tunesmith.train.ranks.stop import stop_request
 
 def body(arguments):
     values = dict(argument.split("=", 1) for argument in arguments)

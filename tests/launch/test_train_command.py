@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tunesmith.train.compose import compose_config
-from tunesmith.train.config import Device
-from tunesmith.train.distributed import World, choose_device
+from tunesmith.train.config.compose import compose_config
+from tunesmith.train.config.config import Device
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.ranks.distributed import World, choose_device
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 SCRIPT = Path(__file__).parents[2] / "launch/train.py"

@@ -19,7 +19,16 @@ from typing import Any
 HEAVY = (
     *(
         f"tunesmith.train.{name}"
-        for name in ("run", "finish", "loop", "setup", "summary", "engine", "export", "report")
+        for name in (
+            "run.run",
+            "run.finish",
+            "run.loop",
+            "run.setup",
+            "run.summary",
+            "engine",
+            "answer.export",
+            "track.report",
+        )
     ),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject", "torch.utils.cpp_extension", "peft"),
 )

@@ -140,7 +140,7 @@ def test_a_change_in_one_packed_record_does_not_move_another(
 
 
 def evaluation(rank: Any, overrides: list[str], batch_size: int) -> dict[str, float]:
-    from tunesmith.train.evaluate import evaluate
+    from tunesmith.train.answer.evaluate import evaluate
 
     with rank.ready(overrides) as (run, _):
         return evaluate(run.engine, run.data.train, batch_size=batch_size, world=rank.world, pad_token_id=0)
@@ -174,7 +174,7 @@ def poisoned_run(rank: Any, overrides: list[str], poison: str, step: int) -> dic
 
     import torch
 
-    from tunesmith.train.loop import Loop
+    from tunesmith.train.run.loop import Loop
 
     with rank.ready(overrides) as (run, recorder):
         loop = Loop(run)
@@ -267,7 +267,7 @@ def hopeless_run(rank: Any, overrides: list[str]) -> dict[str, Any]:
     import torch
 
     from tunesmith.train.errors import TrainingError
-    from tunesmith.train.loop import Loop
+    from tunesmith.train.run.loop import Loop
 
     with rank.ready(overrides) as (run, recorder):
         scale = {"hidden": 1.0}
@@ -302,7 +302,7 @@ def trained(rank: Any, overrides: list[str], watch: str) -> dict[str, Any]:
     """On every rank: a run, then the named weights, and what its optimizer holds."""
     import torch
 
-    from tunesmith.train.loop import Loop
+    from tunesmith.train.run.loop import Loop
 
     with rank.ready(overrides) as (run, recorder):
         Loop(run).train()

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from tunesmith.train import distributed
-from tunesmith.train.compose import compose_config
+from tunesmith.train.config.compose import compose_config
 from tunesmith.train.data.prepare import prepare
-from tunesmith.train.distributed import World
-from tunesmith.train.loop import Loop
-from tunesmith.train.reporter import Reporter
-from tunesmith.train.setup import Run, set_up
-from tunesmith.train.state import Step
-from tunesmith.train.tokenizer import load_tokenizer
+from tunesmith.train.data.tokenizer import load_tokenizer
+from tunesmith.train.ranks import distributed
+from tunesmith.train.ranks.distributed import World
+from tunesmith.train.ranks.state import Step
+from tunesmith.train.run.loop import Loop
+from tunesmith.train.run.setup import Run, set_up
+from tunesmith.train.track.reporter import Reporter
 
 
 class Recorder(Reporter):

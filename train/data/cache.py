@@ -10,8 +10,8 @@ from pathlib import Path
 import orjson
 from filelock import FileLock, Timeout
 
-from tunesmith.train.distributed import world_from_environment
 from tunesmith.train.errors import DataError
+from tunesmith.train.ranks.distributed import world_from_environment
 
 MANIFEST = "manifest.json"
 CHECKED_BYTES = 1 << 22  # at either end of a file: all of a small one, and no long wait for a large one

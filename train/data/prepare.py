@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.train.config import Config, Truncate
+from tunesmith.train.config.config import Config, Truncate
 from tunesmith.train.data.cache import cache_folder, open_or_build
 from tunesmith.train.data.questions import Question, prompts_in, read_questions, write_question
 from tunesmith.train.data.records import MAX_SHOWN, Record, read_records
@@ -23,8 +23,8 @@ from tunesmith.train.data.render import Rendered, Renderer, target_turns
 from tunesmith.train.data.report import DataReport, SplitReport
 from tunesmith.train.data.sources import find_sources
 from tunesmith.train.data.store import TokenStore, write_store
-from tunesmith.train.distributed import world_from_environment
 from tunesmith.train.errors import DataError
+from tunesmith.train.ranks.distributed import world_from_environment
 
 FORMAT_VERSION = 1  # raise it when the same input gives other arrays
 CHUNK = 1000  # records rendered and tokenised together

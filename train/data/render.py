@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.train.config import Targets
+from tunesmith.train.config.config import Targets
 from tunesmith.train.data.encode import Encoder, Tokens
 from tunesmith.train.data.records import Message, Record
 from tunesmith.train.data.template import ChatTemplate, Job, Messages, Tools, opened_thought, shared_prefix

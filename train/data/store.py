@@ -18,7 +18,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from tunesmith.train.config import Packing
+from tunesmith.train.config.config import Packing
 from tunesmith.train.data.packing import pack
 
 IGNORE_INDEX = -100

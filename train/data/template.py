@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.train.data.tokenizer import RAW_TEMPLATE, adds_bos
 from tunesmith.train.errors import DataError, ModelError
-from tunesmith.train.tokenizer import RAW_TEMPLATE, adds_bos
 
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]]

@@ -9,7 +9,7 @@ import pytest
 from tunesmith.launch.cluster import steps
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.sbatch import DRIVER, quoted, render
-from tunesmith.train.config import ClusterConfig, ClusterKind
+from tunesmith.train.config.config import ClusterConfig, ClusterKind
 from tunesmith.train.errors import ConfigError
 
 HOSTILE = ["two words", "it's", '"', "$(touch canary)", "`id`", "new\nline", "a\r\nb", "\\", "--", "-", "", "é", "$'x'"]

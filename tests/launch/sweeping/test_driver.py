@@ -15,7 +15,7 @@ import pytest
 from tunesmith.launch.sweeping.driver import Driver
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.launch.sweeping.trials import Trials
-from tunesmith.train.compose import compose_config
+from tunesmith.train.config.compose import compose_config
 
 RATES = "optimizer.learning_rate=1e-4,1e-3,1e-2"
 ANY_RATE = "optimizer.learning_rate=tag(log,interval(1e-5,1e-1))"

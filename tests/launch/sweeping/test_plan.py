@@ -8,7 +8,7 @@ import pytest
 
 from tunesmith.launch.sweeping.plan import Plan, claim_folder, make_plan, quoted
 from tunesmith.launch.sweeping.settings import SweeperConfig
-from tunesmith.train.compose import compose_config
+from tunesmith.train.config.compose import compose_config
 from tunesmith.train.errors import ConfigError
 
 RATES = "optimizer.learning_rate=1e-3,1e-2"

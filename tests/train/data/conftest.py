@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tunesmith.train.config import (
+from tunesmith.train.config.config import (
     AdapterConfig,
     AdapterKind,
     BatchConfig,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tunesmith.train.config import Packing, Targets, Truncate
+from tunesmith.train.config.config import Packing, Targets, Truncate
 from tunesmith.train.data import prepare as prepare_module
 from tunesmith.train.data.prepare import fingerprint, prepare, split_records
 from tunesmith.train.data.records import read_records
@@ -278,8 +278,8 @@ def test_the_progress_bar_is_for_people(make_tokenizer, make_config, write_jsonl
 
 @pytest.mark.parametrize("tokenizer_folder", [ROOT / "conf/model/tiny", SHARED / "tokenizer"])
 def test_the_example_fills_98_percent(tokenizer_folder, make_config):
-    from tunesmith.train.config import DataConfig, ModelConfig
-    from tunesmith.train.tokenizer import load_tokenizer
+    from tunesmith.train.config.config import DataConfig, ModelConfig
+    from tunesmith.train.data.tokenizer import load_tokenizer
 
     if not (tokenizer_folder / "tokenizer.json").is_file():
         pytest.skip(f"{tokenizer_folder} is not here")
@@ -290,8 +290,8 @@ def test_the_example_fills_98_percent(tokenizer_folder, make_config):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 def test_real_conversations_fill_98_percent(make_config):
-    from tunesmith.train.config import DataConfig, ModelConfig
-    from tunesmith.train.tokenizer import load_tokenizer
+    from tunesmith.train.config.config import DataConfig, ModelConfig
+    from tunesmith.train.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(SHARED / "tokenizer")), DataConfig(train="unused"))
     chats = [str(SHARED / "support/chat_train.jsonl")]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tunesmith.train.config import Packing
+from tunesmith.train.config.config import Packing
 from tunesmith.train.data.preview import preview
 from tunesmith.train.data.store import TokenStore, write_store
 

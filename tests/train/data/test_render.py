@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from tunesmith.train.config import Targets
+from tunesmith.train.config.config import Targets
 from tunesmith.train.data.records import Message, Record
 from tunesmith.train.data.render import encode_prompt, render, stop_token_ids
+from tunesmith.train.data.tokenizer import CHATML_TEMPLATE, RAW_TEMPLATE
 from tunesmith.train.errors import DataError, ModelError
-from tunesmith.train.tokenizer import CHATML_TEMPLATE, RAW_TEMPLATE
 
 SHARED = Path(__file__).parents[4] / "shared/data"
 GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"

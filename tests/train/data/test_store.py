@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tunesmith.train.config import Packing
+from tunesmith.train.config.config import Packing
 from tunesmith.train.data.store import IGNORE_INDEX, TokenStore, write_store
 
 PAD = 2  # also the token that ends every record here: padding must not be told by its id

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tunesmith.train.config import Targets
+from tunesmith.train.config.config import Targets
 from tunesmith.train.data.records import Message, Record
 from tunesmith.train.data.render import encode_prompt, render
 from tunesmith.train.data.template import ChatTemplate, visible_answer

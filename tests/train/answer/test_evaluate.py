@@ -1,0 +1,85 @@
+"""Evaluation does not depend on batch size or ranks, and is what a plain computation gives."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tunesmith.train.answer.evaluate import answer_metrics, evaluate, rank_batches, same_answer
+from tunesmith.train.ranks.distributed import World
+
+OVERRIDES = (
+    "+exp=debug",
+    "model=hub",
+    "engine.precision=fp32",
+    "batch.sequence_length=128",
+    "batch.micro_batch_size=1",
+)
+
+
+def evaluate_split(rank, overrides: list[str], batch_size: int) -> list[float]:
+    with rank.ready(overrides) as (run, _):
+        found = evaluate(run.engine, run.data.train, batch_size=batch_size, world=rank.world, pad_token_id=0)
+        return [found[name] for name in ("eval/loss", "eval/perplexity", "eval/token_accuracy")]
+
+
+def evaluate_plainly(rank, overrides: list[str]) -> list[float]:
+    """Record by record through the bare model: the weighted mean, and the share of targets that are the arg max."""
+    with rank.ready(overrides) as (run, _):
+        loss = weight = correct = count = 0.0
+        store = run.data.train
+        for index in range(store.num_records):
+            ids, weights = store.record(index)
+            logits = run.engine.module(input_ids=torch.from_numpy(ids.astype("int64"))[None]).logits[0, :-1]
+            labels, w = torch.from_numpy(ids[1:].astype("int64")), torch.from_numpy(weights[1:].copy())
+            loss += float((F.cross_entropy(logits, labels, reduction="none") * w).sum())
+            weight += float(w.sum())
+            correct += float(((logits.argmax(-1) == labels) & (w > 0)).sum())
+            count += float((w > 0).sum())
+        return [loss / weight, math.exp(loss / weight), correct / count]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_figures_are_those_of_a_plain_computation_for_any_batch_size_and_ranks(
+    engine, ranks, make_model, make_records, data_cache
+):
+    overrides = [
+        *OVERRIDES,
+        f"engine={engine}",
+        "engine.precision=fp32",
+        f"model.name_or_path={make_model()}",
+        f"data.train={make_records(37)}",
+        "data.validation=[]",
+        "evaluate.every_steps=null",
+        f"data.cache_dir={data_cache}",
+        "batch.global_batch_size=4",
+    ]
+    expected = ranks(1).run(evaluate_plainly, overrides=overrides)[0]
+    for world_size, batch_size in [(1, 1), (1, 5), (2, 1), (2, 3), (2, 64)]:
+        for found in ranks(world_size).run(evaluate_split, overrides=overrides, batch_size=batch_size):
+            assert found == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize(("items", "batch", "world"), [(0, 4, 2), (1, 4, 2), (7, 2, 3), (8, 4, 2), (9, 4, 2)])
+def test_every_item_goes_to_one_rank_and_all_ranks_do_as_many_batches(items, batch, world):
+    split = [rank_batches(items, batch, World(rank, world, rank, world)) for rank in range(world)]
+    assert len({len(batches) for batches in split}) == 1
+    given = [item for batches in split for part in batches for item in part if item >= 0]
+    assert sorted(given) == list(range(items))
+    assert all(len(part) == batch for batches in split for part in batches)
+
+
+def test_exact_match_and_rouge_l_are_means_over_answers():
+    expected = ["open the app and press reset", "call us", "no refund"]
+    generated = ["open the app and press reset", " call   us\n", "yes refund now"]
+    figures = answer_metrics(generated, expected)
+    assert figures["eval/exact_match"] == pytest.approx(2 / 3)
+    assert figures["eval/rouge_l"] == pytest.approx((1 + 1 + 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)) / 3)
+    assert answer_metrics([], []) == {}
+
+
+def test_an_answer_with_other_words_is_not_the_same():
+    assert same_answer("a b", "a  b ")
+    assert not same_answer("a b", "A b")
+    assert not same_answer("", "a")

@@ -1,0 +1,347 @@
+"""Checkpoints of two ranks with a real engine: one rank's full disk, the background, every precision, another base."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+OverridesOf = Callable[..., list[str]]
+NUM_STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+    """Overrides of a short run with dropout, saved every two steps."""
+    records = make_records(40)
+
+    def overrides(stage: int, *more: str) -> list[str]:
+        return [
+            f"model.name_or_path={make_model(attention_dropout=0.1)}",
+            f"data.train={records}",
+            f"data.cache_dir={data_cache}",
+            f"engine={f'zero{stage}' if stage else 'ddp'}",
+            "engine.precision=fp32",
+            "batch.global_batch_size=4",
+            "batch.micro_batch_size=1",
+            "batch.sequence_length=96",
+            "schedule=cosine",
+            "schedule.epochs=null",
+            f"schedule.max_steps={NUM_STEPS}",
+            "optimizer.learning_rate=3e-3",
+            "checkpoint.every_steps=2",
+            "track=none",
+            *more,
+        ]
+
+    return overrides
+
+
+def in_pieces(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
+    """On every rank: what Rank.train_in_pieces() gives."""
+    return rank.train_in_pieces(overrides, run_dir, stop_after)
+
+
+MATRIX = [(stage, precision) for stage in range(4) for precision in ("bf16", "fp16")]
+QUICK = [(1, "bf16"), (3, "fp16")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [pytest.param(*p, marks=[] if p in QUICK else [pytest.mark.slow]) for p in MATRIX]
+)
+def test_what_each_kind_of_engine_saves_is_allowed_and_loads_bitwise(
+    ranks: Callable[[int], Any],
+    overrides_of: OverridesOf,
+    tmp_path: Path,
+    stage: int,
+    precision: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    if precision == "fp16":
+        request.getfixturevalue("fp16")
+    overrides = overrides_of(stage, f"engine.precision={precision}")
+    alone = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])
+    taken_up = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "pieces"), stop_after=[3])
+    assert taken_up[0]["started_at"] == [0, 2]
+    assert len(alone[0]["losses"]) == NUM_STEPS
+    assert taken_up[0]["losses"] == alone[0]["losses"]
+
+
+@pytest.mark.row(17)
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [(2, "adapter=lora"), pytest.param(3, "adapter=none", marks=pytest.mark.slow)],
+)
+def test_in_the_background_a_resumed_run_is_bitwise_the_same(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, more: str
+) -> None:
+    alone = ranks(2).run(in_pieces, overrides=overrides_of(stage, more), run_dir=str(tmp_path / "alone"), stop_after=[])
+    background = overrides_of(stage, more, "checkpoint.async_save=true")
+    found = ranks(2).run(in_pieces, overrides=background, run_dir=str(tmp_path / "pieces"), stop_after=[5, 3])
+    _, second, third = found[0]["started_at"]  # of the last save of a piece, nobody knows whether it was published
+    assert second in (2, 4)
+    assert third in (second, second + 2)
+    assert found[0]["losses"] == alone[0]["losses"]
+    steps = {int(path.name[-6:]) for path in (tmp_path / "pieces/checkpoints").glob("step-??????")}
+    assert steps == {third, 6, 8}
+
+
+def with_a_small_disk(rank: Any, overrides: list[str], run_dir: str, small_from: int, small_to: int) -> dict[str, Any]:
+    """On every rank: a run in which rank 1 cannot write more than 100 kB a file between two of its steps."""
+    import resource
+
+    from tunesmith.train.errors import TrainingError
+    from tunesmith.train.run.loop import Loop
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with rank.ready(overrides, run_dir) as (run, recorder):
+        loop, error = Loop(run), ""
+        run.engine.train()
+        try:
+            for number in range(NUM_STEPS):
+                if number in (small_from, small_to):
+                    run.checkpoints.settle()  # what is still being written belongs to the time before
+                small = rank.world.rank == 1 and small_from <= number < small_to
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if small else hard, hard))
+                loop._between_steps(loop._one_step().verdict)
+            run.checkpoints.settle()
+        except TrainingError as failed:
+            error = str(failed)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        return {"losses": recorder.losses, "warnings": recorder.warnings, "error": error}
+
+
+@pytest.mark.row(7)
+@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
+def test_one_ranks_full_disk_drops_the_save_on_all_and_training_goes_on(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, background: bool
+) -> None:
+    overrides = overrides_of(2, f"checkpoint.async_save={str(background).lower()}")
+    once = ranks(2).run(
+        with_a_small_disk, overrides=overrides, run_dir=str(tmp_path / "once"), small_from=2, small_to=4
+    )
+    assert len(once[0]["losses"]) == NUM_STEPS
+    assert [found["error"] for found in once] == ["", ""]
+    assert len(once[0]["warnings"]) == 1
+    assert (
+        "step 4: the checkpoint could not be written (rank 1: File too large: zero_pp_rank_1" in once[0]["warnings"][0]
+    )
+    kept = sorted(path.name for path in (tmp_path / "once/checkpoints").iterdir())
+    assert kept == ["latest.json", "step-000006", "step-000008"]
+    if background:
+        return
+    ever = ranks(2).run(
+        with_a_small_disk, overrides=overrides, run_dir=str(tmp_path / "ever"), small_from=2, small_to=99
+    )
+    assert all("3 checkpoints in a row could not be written" in found["error"] for found in ever)
+    assert sorted(path.name for path in (tmp_path / "ever/checkpoints").iterdir()) == ["latest.json", "step-000002"]
+
+
+def without_room_for_the_best(rank: Any, overrides: list[str], run_dir: str, small: list[int]) -> dict[str, Any]:
+    """On every rank: a run in which rank 0 cannot write large files in some of its evaluations.
+
+    Where that is in all of them, neither at its end, where the model would be written that is the last and so the best.
+    """
+    import resource
+
+    from tunesmith.train.errors import TrainingError
+    from tunesmith.train.run.finish import finish
+    from tunesmith.train.run.loop import Loop
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def with_room(room: bool, action: Callable[[], Any]) -> Any:
+        limit = hard if room or rank.world.rank else 30_000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            return action()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    with rank.ready(overrides, run_dir) as (run, recorder):
+        loop = Loop(run)
+        losses = iter([4.0, 3.0, 2.0, 1.0])  # each is the best so far
+        loop.measure = lambda: {"eval/loss": next(losses)}
+        evaluate, best = loop._evaluate, list[int | None]()
+
+        def evaluate_and_note() -> None:
+            with_room(run.state.step not in small, evaluate)
+            best.append(run.state.best_step)
+
+        loop._evaluate = evaluate_and_note
+        loop.train()
+        error = ""
+        if run.state.best_step is None:
+            try:
+                with_room(False, lambda: finish(loop))
+            except TrainingError as failed:
+                error = str(failed)
+        return {"best": best, "warnings": recorder.warnings, "error": error, "num_steps": len(recorder.steps)}
+
+
+@pytest.mark.row(7)
+def test_best_weights_that_cannot_be_written_are_passed_over_by_all_ranks(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, make_records: Callable[..., Path], tmp_path: Path
+) -> None:
+    evaluates = ["evaluate.every_steps=2", f"data.validation={make_records(9, seed=1)}", "checkpoint.at_end=false"]
+    overrides = overrides_of(3, *evaluates, "checkpoint.every_steps=null")
+
+    def run(name: str, small: list[int]) -> list[dict[str, Any]]:
+        return ranks(2).run(without_room_for_the_best, overrides=overrides, run_dir=str(tmp_path / name), small=small)
+
+    once = run("once", [4, 8])
+    assert [found["best"] for found in once] == [[2, 2, 6, 6]] * 2
+    assert [found["num_steps"] for found in once] == [NUM_STEPS] * 2
+    assert len(once[0]["warnings"]) == 2
+    assert "step 4: the best so far, but the model could not be written. rank 0: " in once[0]["warnings"][0]
+    assert "step 2 stays it; training goes on" in once[0]["warnings"][0]
+    assert once[0]["warnings"] == once[1]["warnings"]
+    ever = run("ever", [2, 4, 6, 8])
+    assert [found["best"] for found in ever] == [[None] * 4] * 2
+    assert all("TrainingError: the model could not be written. rank 0: " in found["error"] for found in ever)
+    assert list((tmp_path / "ever/best").iterdir()) == []
+
+
+def ended_while_saving(rank: Any, overrides: list[str], run_dir: str) -> dict[str, Any]:
+    """On every rank: a run that its losses end while a checkpoint is being written, slowly."""
+    from tunesmith.train.errors import TrainingError
+    from tunesmith.train.files import durable
+    from tunesmith.train.ranks.fault_plan import FaultPlan, parse
+    from tunesmith.train.ranks.progress import progress
+    from tunesmith.train.run.loop import Loop
+
+    write_file = durable.write_file
+
+    def write_slowly(path: Path, write: Any) -> Any:
+        time.sleep(0.3)
+        return write_file(path, write)
+
+    with rank.ready(overrides, run_dir) as (run, _):
+        progress.plan = FaultPlan([parse("nan:rank=0,step=2")], rank.world.rank)
+        durable.write_file = write_slowly
+        try:
+            Loop(run).train()
+        except TrainingError as error:
+            return {"error": str(error), "step": run.state.step, "saved": run.checkpoints.saved_step}
+        finally:
+            progress.plan, durable.write_file = None, write_file
+    return {}
+
+
+def test_a_run_that_its_losses_end_still_publishes_the_save_under_way(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path
+) -> None:
+    overrides = overrides_of(2, "checkpoint.async_save=true", "optimizer.max_skipped_steps=1")
+    for found in ranks(2).run(ended_while_saving, overrides=overrides, run_dir=str(tmp_path / "run")):
+        assert "is not finite" in found.pop("error").replace("that is not", "is not")
+        assert found == {"step": 3, "saved": 2}
+    assert (tmp_path / "run/checkpoints/step-000002/MANIFEST.json").is_file()
+
+
+def saved_steps(rank: Any, overrides: list[str], run_dir: str) -> list[int]:
+    """On every rank: a whole run of the loop; the steps that it has saved, by the warnings it has not given."""
+    from tunesmith.train.run.loop import Loop
+
+    steps: list[int] = []
+    with rank.ready(overrides, run_dir) as (run, recorder):
+        recorder.saved = lambda step, **_: steps.append(step)
+        Loop(run).train()
+    return steps
+
+
+def test_rank_0s_clock_decides_for_all(ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path) -> None:
+    overrides = overrides_of(2, "checkpoint.every_steps=null", "checkpoint.every_minutes=1e-6")
+    assert ranks(2).run(saved_steps, overrides=overrides, run_dir=str(tmp_path / "run")) == [[*range(1, 9)]] * 2
+    rarely = overrides_of(2, "checkpoint.every_steps=null", "checkpoint.every_minutes=1000")
+    assert ranks(2).run(saved_steps, overrides=rarely, run_dir=str(tmp_path / "rare")) == [[8]] * 2
+
+
+def base_digest(rank: Any, overrides: list[str], run_dir: str) -> str:
+    with rank.ready(overrides, run_dir) as (run, _):
+        return run.checkpoints._identity.fingerprint["base_weights"]
+
+
+def with_a_changed_weight(model: Path, folder: Path) -> Path:
+    """The same model, but for the last bit of one weight."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = sorted(name for name in tensors if "mlp" in name)[0]
+    tensors[name].view(-1).view(torch.int32)[-1] ^= 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_the_digest_of_the_base_is_one_for_every_stage_and_world_and_tells_one_bit(
+    ranks: Callable[[int], Any],
+    overrides_of: OverridesOf,
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    def digest(world_size: int, stage: int, *more: str) -> str:
+        found = ranks(world_size).run(
+            base_digest, overrides=overrides_of(stage, "adapter=lora", *more), run_dir=str(tmp_path / "run")
+        )
+        assert len(set(found)) == 1
+        return found[0]
+
+    shapes = [(2, 0), (2, 2), (2, 3), (1, 1), (1, 3)]
+    assert len({digest(*shape) for shape in shapes}) == 1
+    other = with_a_changed_weight(make_model(attention_dropout=0.1), tmp_path / "other")
+    assert digest(2, 3, f"model.name_or_path={other}") != digest(2, 3)
+
+
+def refused(rank: Any, overrides: list[str], run_dir: str) -> str:
+    from tunesmith.train.errors import TrainingError
+
+    try:
+        rank.train(overrides, run_dir)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.row(19)
+def test_another_base_or_other_settings_are_refused_with_their_names_on_all_ranks(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    def ask(*more: str) -> str:
+        asked = ranks(2).run(refused, overrides=overrides_of(2, "adapter=lora", *more), run_dir=str(tmp_path / "run"))
+        assert asked[0] == asked[1]
+        return asked[0]
+
+    assert ask("schedule.max_steps=2") == ""
+    other = with_a_changed_weight(make_model(attention_dropout=0.1), tmp_path / "other")
+    assert "base_weights: was " in ask(f"model.name_or_path={other}")
+    moved = tmp_path / "moved"
+    shutil.copytree(make_model(attention_dropout=0.1), moved)
+    assert ask(f"model.name_or_path={moved}", "schedule.max_steps=3") == ""  # the same weights in another place
+    drifted = ask("optimizer.learning_rate=1e-3", "seed=1")
+    assert "optimizer.learning_rate: was 0.003, is 0.001" in drifted
+    assert "seed: was 0, is 1" in drifted
+    assert ask("optimizer.learning_rate=1e-3", "resume.allow=[optimizer.learning_rate]") == ""
+
+
+def stalls(rank: Any, overrides: list[str], run_dir: str) -> list[dict[str, float]]:
+    from tunesmith.train.run.loop import Loop
+
+    found: list[dict[str, float]] = []
+    with rank.ready(overrides, run_dir) as (run, recorder):
+        recorder.saved = lambda step, **seconds: found.append(seconds)
+        Loop(run).train()
+    return found
+
+
+def test_a_save_of_a_lora_run_stalls_the_loop_for_less_than_2_percent_of_a_minute(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path
+) -> None:
+    overrides = overrides_of(2, "adapter=lora", "checkpoint.async_save=true")
+    started = time.monotonic()
+    found = ranks(2).run(stalls, overrides=overrides, run_dir=str(tmp_path / "run"))[0]
+    assert time.monotonic() - started > sum(row["stall_seconds"] for row in found)
+    assert len(found) == 4
+    assert max(row["stall_seconds"] for row in found) < 0.02 * 60

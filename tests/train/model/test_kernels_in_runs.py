@@ -1,0 +1,156 @@
+"""Our kernels among the rest of a run: recomputed activations, dropout, evaluation, resuming, answering afterwards."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NUM_STEPS = 8
+DROPOUT = ["adapter=lora", "adapter.dropout=0.2"]
+OverridesOf = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+    """Overrides of a short run in float32 on our kernels, with two forwards a step."""
+    records, validation, model = make_records(29), make_records(5, seed=1), make_model()
+
+    def overrides(*more: str) -> list[str]:
+        return [
+            "kernels=torch",
+            f"model.name_or_path={model}",
+            f"data.train={records}",
+            f"data.validation={validation}",
+            f"data.cache_dir={data_cache}",
+            "engine=ddp",
+            "engine.precision=fp32",
+            "batch.global_batch_size=4",
+            "batch.micro_batch_size=2",
+            "batch.sequence_length=96",
+            "schedule=constant",
+            "schedule.epochs=null",
+            f"schedule.max_steps={NUM_STEPS}",
+            "optimizer.learning_rate=3e-3",
+            "evaluate.every_steps=1000",
+            "checkpoint.every_steps=3",
+            "track=none",
+            *more,
+        ]
+
+    return overrides
+
+
+def in_pieces(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
+    """On every rank: what Rank.train_in_pieces() gives."""
+    return rank.train_in_pieces(overrides, run_dir, stop_after)
+
+
+@pytest.mark.parametrize("adapter", [["adapter=none"], DROPOUT, ["adapter=dora", "adapter.dropout=0.2"]], ids=str)
+def test_neither_recomputation_nor_evaluation_nor_resuming_changes_a_bit(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, adapter: list[str]
+) -> None:
+    plain = ["model.gradient_checkpointing=false", *adapter]
+    busy = ["model.gradient_checkpointing=true", "evaluate.every_steps=2", *adapter]
+    (alone,) = ranks(1).run(in_pieces, overrides=overrides_of(*plain), run_dir=str(tmp_path / "alone"), stop_after=[])
+    (taken_up,) = ranks(1).run(
+        in_pieces, overrides=overrides_of(*busy), run_dir=str(tmp_path / "busy"), stop_after=[4, 2]
+    )
+    assert alone["num_evaluations"] < taken_up["num_evaluations"]
+    assert len(alone["losses"]) == NUM_STEPS
+    assert taken_up["losses"] == alone["losses"]
+    assert alone["losses"][-1] < alone["losses"][0] - 0.05
+
+
+def answers(rank: Any, overrides: list[str]) -> dict[str, Any]:
+    """After training: tokens and logits by our LoRA, and by PEFT's own forward; and what was left on the head."""
+    import torch
+    from peft.tuners.lora.layer import LoraLayer
+
+    from tunesmith.train.run.loop import Loop
+
+    with rank.ready(overrides) as (run, _):
+        Loop(run).train()
+        module = run.engine.module.eval()
+        ids = torch.tensor([[5, 9, 31, 7], [8, 77, 6, 12]])
+
+        def answer() -> tuple[list[list[int]], torch.Tensor]:
+            tokens = module.generate(input_ids=ids, max_new_tokens=6, do_sample=False, use_cache=True, pad_token_id=0)
+            with torch.inference_mode():
+                return tokens.tolist(), module(input_ids=ids).logits.clone()
+
+        layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+        ours = answer()
+        num_ours = sum("forward" in vars(layer) for layer in layers)
+        for layer in layers:
+            vars(layer).pop("forward", None)
+        theirs = answer()
+        with module.disable_adapter():
+            base = module(input_ids=ids).logits
+        return {
+            "tokens": (ours[0], theirs[0]),
+            "error": float((ours[1] - theirs[1]).norm() / theirs[1].norm()),
+            "learned": float((base - theirs[1]).norm() / theirs[1].norm()),
+            "num_ours": num_ours,
+            "head": "forward" in vars(module.get_output_embeddings()),
+        }
+
+
+def test_a_trained_model_answers_as_pefts_own_forward_does(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf
+) -> None:
+    (found,) = ranks(1).run(answers, overrides=overrides_of("checkpoint.at_end=false", *DROPOUT))
+    assert found["tokens"][0] == found["tokens"][1]
+    assert found["error"] < 1e-6
+    assert found["learned"] > 1e-2
+    assert found["num_ours"] == 14
+    assert not found["head"]
+
+
+def after_an_error(rank: Any, overrides: list[str]) -> dict[str, Any]:
+    """A forward that fails in the middle of a layer and one that fails in the loss; then the same batch again."""
+    import torch
+
+    with rank.ready(overrides) as (run, _):
+        engine, module = run.engine, run.engine.module
+        batch = run.data.train.micro_batch([0, 1], pad_token_id=0)
+        engine.eval()
+        with torch.no_grad():
+            before = float(engine.loss_sum(batch))
+
+            def fail(*_: Any) -> None:
+                raise OverflowError
+
+            problems = []
+            for inner in (module.get_output_embeddings(), module.get_submodule("base_model.model.model.layers.1.mlp")):
+                hook = inner.register_forward_pre_hook(fail)
+                for call in (engine.loss_sum, engine.loss_sum_and_num_correct):
+                    try:
+                        call(batch)
+                    except OverflowError:
+                        problems.append("raised")
+                hook.remove()
+            labels = batch.labels.clone()
+            labels.view(-1)[batch.target_rows[0]] = 10**6
+            try:
+                engine.loss_sum(replace(batch, labels=labels))
+            except ValueError as error:
+                problems.append(str(error))
+            return {
+                "before": before,
+                "after": float(engine.loss_sum(batch)),
+                "problems": problems,
+                "head": "forward" in vars(module.get_output_embeddings()),
+                "logits": list(module(input_ids=batch.input_ids).logits.shape),
+            }
+
+
+def test_an_error_in_a_forward_leaves_nothing_behind(ranks: Callable[[int], Any], overrides_of: OverridesOf) -> None:
+    (found,) = ranks(1).run(after_an_error, overrides=overrides_of(*DROPOUT))
+    assert found["problems"][:4] == ["raised"] * 4
+    assert found["problems"][4].startswith("labels_T holds 1000000, outside 0 to ")
+    assert found["after"] == found["before"]
+    assert not found["head"]
+    assert len(found["logits"]) == 3
+    assert found["logits"][-1] > 1000

@@ -1,0 +1,149 @@
+"""A bit that flips in one rank's weights is found at the next check, and the rank is named where that can be told."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunesmith.train.run.guards.replicas import _odd_ones, bit_sum
+
+OverridesOf = Callable[..., list[str]]
+SLOW = [(0, "none"), (1, "lora"), (3, "none")]
+
+
+@pytest.fixture(scope="module")
+def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+    records = make_records(47)
+
+    def overrides(stage: int, adapter: str, *more: str) -> list[str]:
+        return [
+            f"model.name_or_path={make_model()}",
+            f"data.train={records}",
+            f"data.cache_dir={data_cache}",
+            f"adapter={adapter}",
+            f"engine={f'zero{stage}' if stage else 'ddp'}",
+            "batch.global_batch_size=12",
+            "batch.micro_batch_size=1",
+            "batch.sequence_length=96",
+            "schedule=constant",
+            "schedule.epochs=null",
+            "schedule.max_steps=8",
+            "checkpoint.at_end=false",
+            "track=none",
+            "cluster.check_replicas_every=2",
+            *more,
+        ]
+
+    return overrides
+
+
+def flipped_run(rank: Any, overrides: list[str], fault: str) -> dict[str, Any]:
+    """On every rank: a run in which a bit flips, and how it ended."""
+    from tunesmith.train.errors import TrainingError
+    from tunesmith.train.ranks.fault_plan import FaultPlan, parse
+    from tunesmith.train.ranks.progress import progress
+    from tunesmith.train.run.loop import Loop
+
+    error, notes = "", []
+    with rank.ready(overrides) as (run, recorder):
+        recorder.note = notes.append
+        progress.plan = FaultPlan([parse(fault)] if fault else [], rank.world.rank)
+        try:
+            Loop(run).train()
+        except TrainingError as found:
+            error = str(found)
+        finally:
+            progress.plan = None
+        return {"error": error, "step": run.state.step, "notes": notes, "losses": recorder.losses}
+
+
+@pytest.mark.row(27)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_two_ranks_that_differ_are_both_named(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int, precision: str
+) -> None:
+    overrides = overrides_of(stage, "none", f"engine.precision={precision}")
+    found = ranks(2).run(flipped_run, overrides=overrides, fault="flip:rank=1,step=3")
+    for on_rank in found:  # flipped in step 4, which is checked before its update
+        assert on_rank["error"].startswith(
+            "TrainingError: the ranks no longer hold the same weights: model.embed_tokens"
+        )
+        assert "differ between rank 0 (" in on_rank["error"]
+        assert "and rank 1 (" in on_rank["error"]
+        assert "at: step 4, cluster.check_replicas_every" in on_rank["error"]
+        assert on_rank["step"] == 3
+
+
+@pytest.mark.row(27)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_frozen_weight_names_its_rank_also_where_it_is_split(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int
+) -> None:
+    overrides = overrides_of(stage, "lora", "engine.precision=bf16")
+    fault = "flip:rank=1,step=4"  # in step 5, found at the check of step 6
+    for found in ranks(2).run(flipped_run, overrides=overrides, fault=fault):
+        assert found["error"].startswith("TrainingError: weights on rank 1 (")
+        assert "have changed in memory: base_model.model.model.embed_tokens.weight." in found["error"]
+        assert "rank 0" not in found["error"]
+        assert "at: step 6" in found["error"]
+
+
+def test_one_rank_knows_its_frozen_weights(ranks: Callable[[int], Any], overrides_of: OverridesOf) -> None:
+    (found,) = ranks(1).run(flipped_run, overrides=overrides_of(1, "lora"), fault="flip:rank=0,step=1")
+    assert found["error"].startswith("TrainingError: weights on rank 0 (")
+
+
+@pytest.mark.parametrize(
+    ("stage", "adapter"),
+    [(2, "none"), (3, "lora"), *(pytest.param(*point, marks=pytest.mark.slow) for point in SLOW)],
+)
+def test_a_sound_run_is_left_alone_and_keeps_its_losses(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int, adapter: str
+) -> None:
+    overrides = overrides_of(stage, adapter, "cluster.check_replicas_every=1")
+    (found, _) = ranks(2).run(flipped_run, overrides=overrides, fault="")
+    assert (found["error"], found["step"]) == ("", 8)
+    (without, _) = ranks(2).run(flipped_run, overrides=[*overrides, "cluster.check_replicas_every=null"], fault="")
+    assert found["losses"] == without["losses"]
+
+
+def test_zero_3_says_what_it_cannot_check(ranks: Callable[[int], Any], overrides_of: OverridesOf) -> None:
+    nothing_stays = "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+    (found, _) = ranks(2).run(flipped_run, overrides=overrides_of(3, "none", nothing_stays), fault="")
+    (note,) = found["notes"]
+    assert note.startswith("cluster.check_replicas_every: none of ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected", "surely"),
+    [
+        ([[1, 5], [1, 5], [1, 5]], {}, True),
+        ([[1, 5], [2, 5], [1, 5]], {1: ["a"]}, True),
+        ([[1, 5], [1, 5], [1, 6], [2, 6]], {0: ["b"], 1: ["b"], 2: ["b"], 3: ["a", "b"]}, False),
+        ([[1, 5], [1, 6]], {0: ["b"], 1: ["b"]}, False),
+        ([[1, 5], [1, 6], [1, 7]], {0: ["b"], 1: ["b"], 2: ["b"]}, False),
+    ],
+)
+def test_the_odd_ones_are_those_outside_the_majority(
+    rows: list[list[int]], expected: dict[int, list[str]], surely: bool
+) -> None:
+    assert _odd_ones(rows, ["a", "b"]) == (expected, surely)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+def test_any_flipped_bit_changes_the_sum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.train.run.guards.replicas.CHUNK", 7)  # several chunks, the last one not full
+    tensor = (torch.randn(5, 6, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
+    whole = int(bit_sum(tensor))
+    raw = tensor.view(torch.uint8).view(-1)
+    sums = set()
+    for bit in range(raw.numel() * 8):
+        raw[bit // 8] ^= 1 << bit % 8
+        sums.add(int(bit_sum(tensor)) == whole)
+        raw[bit // 8] ^= 1 << bit % 8
+    assert sums == {False}
+    assert int(bit_sum(tensor)) == whole
+    assert int(bit_sum(tensor.T.contiguous())) != whole

@@ -1,0 +1,171 @@
+"""The same data gives the same losses for every split into ranks, stages and micro batches (invariants 1 and 6)."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GLOBAL_BATCH = 8
+NUM_STEPS = 30
+NUM_RECORDS, EPOCHS = 47, 5  # 235 sequences: 29 global batches of 8 and one of 3
+WARMUP_STEPS = 3
+LEARNING_RATES = {"none": 3e-3, "lora": 5e-3}
+MAX_GRAD_NORM = 1.0
+TOLERANCE = 1e-5
+NOTHING_STAYS = [
+    f"engine.deepspeed.zero_optimization.stage3_{name}=0"
+    for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+]
+
+# world size, ZeRO stage, micro batch, adapter. The first third is in `make test`.
+QUICK = [
+    (1, 0, 4, "none"),
+    (2, 0, 1, "none"),
+    (1, 0, 2, "lora"),
+    (2, 0, 2, "lora"),
+    (1, 1, 1, "none"),
+    (2, 1, 2, "none"),
+    (1, 1, 4, "lora"),
+    (2, 1, 1, "lora"),
+    (1, 2, 1, "none"),
+    (2, 2, 4, "none"),
+    (1, 2, 2, "lora"),
+    (2, 2, 1, "lora"),
+    (1, 3, 4, "none"),
+    (2, 3, 2, "none"),
+    (1, 3, 2, "lora"),
+    (2, 3, 4, "lora"),
+]
+REFERENCES = [(1, 0, 1, "none"), (1, 0, 1, "lora")]
+MATRIX = list(itertools.product((1, 2), (0, 1, 2, 3), (1, 2, 4), LEARNING_RATES))
+SLOW = [pytest.param(*point, marks=pytest.mark.slow) for point in MATRIX if point not in QUICK + REFERENCES]
+
+Curve = dict[str, Any]
+CurveOf = Callable[..., Curve]
+
+
+def train(rank: Any, overrides: list[str]) -> Curve:
+    """On every rank: a whole run, what it reported, and the learning rates its optimizer used."""
+    from tunesmith.train.run.loop import Loop
+
+    used: list[float] = []
+    with rank.ready(overrides) as (run, recorder):
+        loop = Loop(run)
+        optimizer = run.engine._engine.basic_optimizer
+        optimizer.register_step_pre_hook(lambda it, *_: used.append(it.param_groups[0]["lr"]))
+        last_targets = [batch.num_target_tokens for batch in loop.micro_batches(run.total_steps - 1)]
+        first_targets = [batch.num_target_tokens for batch in loop.micro_batches(0)]
+        loop.train()
+        lora_b = [
+            float(parameter.norm())
+            for name, parameter in run.engine.whole_parameters({n for n, _ in run.engine.module.named_parameters()})
+            if "lora_B" in name
+        ]
+    return {
+        "losses": recorder.losses,
+        "norms": [step.grad_norm for step in recorder.steps],
+        "learning_rates": recorder.learning_rates,
+        "used_learning_rates": list(dict.fromkeys(used)),  # ZeRO 3 steps once for each of its groups
+        "first_targets": first_targets,
+        "last_targets": last_targets,
+        "lora_b": lora_b,
+    }
+
+
+@pytest.fixture(scope="module")
+def curve_of(
+    ranks: Callable[[int], Any],
+    make_model: Callable[..., Path],
+    make_records: Callable[..., Path],
+    data_cache: Path,
+) -> CurveOf:
+    """The curve of a run of the given split; a reference is run once."""
+    records = make_records(NUM_RECORDS)
+    done: dict[str, Curve] = {}
+
+    def curve(world_size: int, stage: int, micro: int, adapter: str, *more: str) -> Curve:
+        overrides = [
+            f"model.name_or_path={make_model()}",
+            f"data.train={records}",
+            f"data.cache_dir={data_cache}",
+            f"adapter={adapter}",
+            f"engine={f'zero{stage}' if stage else 'ddp'}",
+            "engine.precision=fp32",
+            *(NOTHING_STAYS if stage == 3 else []),
+            f"batch.global_batch_size={GLOBAL_BATCH}",
+            f"batch.micro_batch_size={micro}",
+            "batch.sequence_length=96",
+            "batch.packing=none",
+            f"optimizer.learning_rate={LEARNING_RATES[adapter]}",
+            "optimizer.weight_decay=0.1",
+            f"optimizer.max_grad_norm={MAX_GRAD_NORM}",
+            "schedule=linear",
+            f"schedule.epochs={EPOCHS}",
+            f"schedule.warmup_fraction={WARMUP_STEPS / NUM_STEPS}",
+            "checkpoint.at_end=false",
+            "track=none",
+            *more,
+        ]
+        key = f"{world_size} {overrides}"
+        if key not in done:
+            on_ranks = ranks(world_size).run(train, overrides=overrides)
+            for name in ("losses", "norms"):
+                assert on_ranks[0][name] == on_ranks[-1][name], f"ranks differ in {name}"
+            done[key] = on_ranks[0] | {"last_targets": [on_rank["last_targets"] for on_rank in on_ranks]}
+        return done[key]
+
+    return curve
+
+
+def assert_same_curve(curve: Curve, reference: Curve) -> None:
+    assert len(curve["losses"]) == NUM_STEPS
+    worst = max(abs(loss - expected) for loss, expected in zip(curve["losses"], reference["losses"], strict=True))
+    assert worst < TOLERANCE
+    # The optimizer and the clipping both hide a gradient that is too large by a factor; its norm doesn't.
+    assert curve["norms"] == pytest.approx(reference["norms"], rel=TOLERANCE)
+
+
+@pytest.mark.row(22)
+@pytest.mark.parametrize(("world_size", "stage", "micro", "adapter"), [*QUICK, *SLOW])
+def test_the_loss_curve_does_not_depend_on_the_split(
+    curve_of: CurveOf, world_size: int, stage: int, micro: int, adapter: str
+) -> None:
+    curve = curve_of(world_size, stage, micro, adapter)
+    assert_same_curve(curve, curve_of(1, 0, 1, adapter))
+    # Learning rates count optimizer steps, not forwards and not ranks.
+    rises = [(step + 1) / WARMUP_STEPS for step in range(WARMUP_STEPS)]
+    falls = [1 - step / (NUM_STEPS - WARMUP_STEPS) for step in range(NUM_STEPS - WARMUP_STEPS)]
+    expected = [LEARNING_RATES[adapter] * factor for factor in rises + falls]
+    assert curve["learning_rates"] == pytest.approx(expected, rel=1e-12)
+    assert curve["used_learning_rates"] == list(dict.fromkeys(curve["learning_rates"]))
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_the_reference_curve_learns_and_is_clipped(curve_of: CurveOf, adapter: str) -> None:
+    reference = curve_of(1, 0, 1, adapter)
+    assert reference["losses"][-1] < reference["losses"][0] - 1.5
+    assert min(reference["norms"]) > MAX_GRAD_NORM  # every step is clipped
+    assert all(norm > 0.01 for norm in reference["lora_b"])
+    assert bool(reference["lora_b"]) == (adapter == "lora")
+
+
+@pytest.mark.row(22)
+def test_the_matrix_has_uneven_micro_batches_and_a_rank_without_targets(curve_of: CurveOf) -> None:
+    curve = curve_of(2, 2, 4, "none")
+    assert curve["last_targets"][0][0] > 0
+    assert curve["last_targets"][1] == [0]  # three sequences are left: all of them on rank 0
+    assert len(set(curve_of(1, 0, 1, "none")["first_targets"])) > 3
+
+
+@pytest.mark.parametrize("adapter", ["none", pytest.param("lora", marks=pytest.mark.slow)])
+def test_the_loss_curve_of_packed_sequences_does_not_depend_on_the_split(curve_of: CurveOf, adapter: str) -> None:
+    packed = ["batch.packing=best_fit", "schedule.epochs=null", f"schedule.max_steps={NUM_STEPS}"]
+    assert_same_curve(curve_of(2, 3, 2, adapter, *packed), curve_of(1, 0, 1, adapter, *packed))
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_gradient_checkpointing_does_not_change_the_loss_curve(curve_of: CurveOf, adapter: str) -> None:
+    curve = curve_of(2, 2, 4, adapter, "model.gradient_checkpointing=true")
+    assert_same_curve(curve, curve_of(1, 0, 1, adapter))

@@ -1,0 +1,167 @@
+"""A run that was stopped goes on with bitwise the losses of one that was left alone (invariant 5)."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TRAIN = Path(__file__).parents[3] / "launch/train.py"
+NUM_STEPS = 14
+ADAPTERS = {"none": ["adapter=none"], "lora": ["adapter=lora", "adapter.dropout=0.1"]}
+NOTHING_STAYS = [
+    f"engine.deepspeed.zero_optimization.stage3_{name}=0"
+    for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+]
+
+OverridesOf = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+    """Overrides of a run with dropout and two forwards a step on each of two ranks, saved every three steps."""
+    records = make_records(47)
+
+    def overrides(stage: int, adapter: str, *more: str) -> list[str]:
+        return [
+            f"model.name_or_path={make_model(attention_dropout=0.1)}",
+            f"data.train={records}",
+            f"data.cache_dir={data_cache}",
+            *ADAPTERS[adapter],
+            f"engine={f'zero{stage}' if stage else 'ddp'}",
+            "engine.precision=fp32",
+            *(NOTHING_STAYS if stage == 3 else []),
+            "batch.global_batch_size=8",
+            "batch.micro_batch_size=2",
+            "batch.sequence_length=96",
+            "schedule=cosine",
+            "schedule.epochs=null",
+            f"schedule.max_steps={NUM_STEPS}",
+            "optimizer.learning_rate=3e-3",
+            "checkpoint.every_steps=3",
+            "track=none",
+            *more,
+        ]
+
+    return overrides
+
+
+def in_pieces(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
+    """On every rank: what Rank.train_in_pieces() gives."""
+    return rank.train_in_pieces(overrides, run_dir, stop_after)
+
+
+@pytest.mark.row(17)
+@pytest.mark.parametrize(
+    ("stage", "adapter"),
+    [
+        *((0, "none"), (1, "lora"), (2, "none"), (3, "lora")),
+        *(
+            pytest.param(*point, marks=pytest.mark.slow)
+            for point in ((0, "lora"), (1, "none"), (2, "lora"), (3, "none"))
+        ),
+    ],
+)
+def test_losses_after_two_resumes_are_bitwise_those_of_one_run(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, adapter: str
+) -> None:
+    overrides = overrides_of(stage, adapter)
+    alone = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])
+    taken_up = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "taken-up"), stop_after=[5, 4])
+    assert taken_up[0]["started_at"] == [0, 3, 6]
+    assert len(alone[0]["losses"]) == NUM_STEPS
+    assert taken_up[0]["losses"] == alone[0]["losses"]
+    assert taken_up[1]["losses"] == alone[1]["losses"]
+
+
+def dropped(rank: Any, overrides: list[str], run_dir: str) -> dict[str, float]:
+    """On every rank: losses of one micro batch, the same on all of them, with dropout and without."""
+    import torch
+
+    with rank.ready(overrides, run_dir) as (run, _), torch.no_grad():
+        batch = run.data.train.micro_batch([0, 1], pad_token_id=0)
+        run.engine.train()
+        first, second = (float(run.engine.loss_sum(batch)) for _ in range(2))
+        run.engine.eval()
+        return {"first": first, "second": second, "without": float(run.engine.loss_sum(batch))}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_each_rank_and_each_forward_drops_others(
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, adapter: str
+) -> None:
+    on_ranks = ranks(2).run(dropped, overrides=overrides_of(2, adapter), run_dir=str(tmp_path / "run"))
+    assert on_ranks[0]["without"] == on_ranks[1]["without"]
+    assert len({found[name] for found in on_ranks for name in ("first", "second")}) == 4
+
+
+def start(overrides: list[str], environments: list[dict[str, str]], log: Path) -> list[subprocess.Popen[bytes]]:
+    with log.open("ab") as output:
+        return [
+            subprocess.Popen([sys.executable, str(TRAIN), *overrides], env=env, stdout=output, stderr=output)
+            for env in environments
+        ]
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The training rows of metrics.jsonl, without a last one that was cut short."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [row for row in map(json.loads, lines) if "train/loss" in row]
+
+
+def kill_at(step: int, run_dir: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    """SIGKILL to every rank as soon as the step is in metrics.jsonl."""
+    deadline = time.monotonic() + 120
+    while not (found := rows(run_dir)) or found[-1]["step"] < step:
+        assert time.monotonic() < deadline, "the step was never reached"
+        assert all(process.poll() is None for process in processes), "a rank ended by itself"
+        time.sleep(0.005)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert [process.wait() for process in processes] == [-signal.SIGKILL] * len(processes)
+
+
+@pytest.mark.row(17)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("stage", "adapter"),
+    [
+        pytest.param(2, "lora", marks=pytest.mark.torture),
+        *(
+            pytest.param(stage, adapter, marks=pytest.mark.slow)
+            for stage in range(4)
+            for adapter in ADAPTERS
+            if (stage, adapter) != (2, "lora")
+        ),
+    ],
+)
+def test_the_same_command_goes_on_bitwise_after_being_killed_twice(
+    ranks: Callable[[int], Any],
+    overrides_of: OverridesOf,
+    rank_environments: Callable[[int], list[dict[str, str]]],
+    tmp_path: Path,
+    stage: int,
+    adapter: str,
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log.txt"
+    overrides = overrides_of(stage, adapter, "cluster.device=cpu")
+    alone = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])[0]["losses"]
+    lots = random.Random(stage)
+    for step in (lots.randint(4, 6), lots.randint(8, 12)):
+        processes = start([*overrides, f"output_dir={run_dir}"], rank_environments(2), log)
+        kill_at(step, run_dir, processes)
+    processes = start([*overrides, f"output_dir={run_dir}"], rank_environments(2), log)
+    ended = [process.wait(timeout=200) for process in processes]
+    assert ended == [0, 0], log.read_text(encoding="utf-8")[-3000:]
+    found = rows(run_dir)
+    assert [row["step"] for row in found] == list(range(1, NUM_STEPS + 1))
+    assert [row["train/loss"] for row in found] == alone

@@ -1,0 +1,104 @@
+"""Under ZeRO 3 a rank holds its part of every weight and no more, before a step and after it.
+
+DeepSpeed 0.19.3 changed how weights gathered for the recomputation of gradient checkpointing are released; frozen ones
+were reported to stay whole from then on: https://github.com/deepspeedai/DeepSpeed/pull/8148.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NUM_LAYERS = 4
+NOTHING_STAYS = [
+    f"engine.deepspeed.zero_optimization.stage3_{name}=0"
+    for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+]
+
+
+def held_bytes(module: Any) -> int:
+    """Bytes of whole weights that this rank holds, besides its parts."""
+    return sum(parameter.data.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def residency(rank: Any, overrides: list[str]) -> dict[str, Any]:
+    """On every rank: bytes of whole weights held before and after each of some steps and an evaluation."""
+    from tunesmith.train.answer.evaluate import evaluate
+    from tunesmith.train.model.adapter import transformer_blocks
+    from tunesmith.train.run.loop import Loop
+
+    with rank.ready(overrides) as (run, _):
+        module = run.engine.module
+        within: list[int] = []
+        for linear in (m for name, m in module.named_modules() if name.endswith(".down_proj")):
+            linear.register_forward_pre_hook(lambda *_: within.append(held_bytes(module)))
+        loop = Loop(run)
+        run.engine.train()
+        before = held_bytes(module)
+        steps = []
+        for _ in range(3):
+            loop._one_step()
+            steps.append(held_bytes(module))
+        num_forwards, most_within = len(within), max(within)
+        evaluate(run.engine, run.data.train, batch_size=2, world=rank.world, pad_token_id=0)
+        return {
+            "whole": sum(parameter.ds_numel * parameter.element_size() for parameter in module.parameters()),
+            "parts": sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in module.parameters()),
+            "before": before,
+            "steps": steps,
+            "after_evaluation": held_bytes(module),
+            "block": sum(p.ds_numel * p.element_size() for p in transformer_blocks(module)[0].parameters()),
+            "most_within": most_within,
+            "num_forwards": num_forwards,
+            "states": sorted({parameter.ds_status.name for parameter in module.parameters()}),
+        }
+
+
+@pytest.mark.parametrize(
+    ("adapter", "checkpointing"),
+    [
+        ("lora", "true"),
+        ("dora adapter.dropout=0.1", "true"),
+        ("none", "true"),
+        ("last_layers adapter.num_layers=1", "true"),
+        pytest.param("lora", "false", marks=pytest.mark.slow),
+        pytest.param("none", "false", marks=pytest.mark.slow),
+    ],
+)
+def test_gathered_weights_are_released_again(
+    ranks: Callable[[int], Any],
+    make_model: Callable[..., Path],
+    make_records: Callable[..., Path],
+    data_cache: Path,
+    adapter: str,
+    checkpointing: str,
+) -> None:
+    overrides = [
+        f"model.name_or_path={make_model(num_hidden_layers=NUM_LAYERS)}",
+        f"model.gradient_checkpointing={checkpointing}",
+        f"data.train={make_records(47)}",
+        f"data.cache_dir={data_cache}",
+        *f"adapter={adapter}".split(),
+        "engine=zero3",
+        "engine.precision=fp32",
+        *NOTHING_STAYS,
+        "batch.global_batch_size=8",
+        "batch.micro_batch_size=2",
+        "batch.sequence_length=96",
+        "schedule=constant",
+        "schedule.epochs=null",
+        "schedule.max_steps=3",
+        "optimizer.learning_rate=1e-3",
+        "checkpoint.at_end=false",
+        "track=none",
+    ]
+    for found in ranks(2).run(residency, overrides=overrides):
+        assert found["whole"] / 2 <= found["parts"] < found["whole"] / 2 * 1.02  # two ranks, and a little padding
+        assert found["before"] == 0
+        assert found["steps"] == [0, 0, 0]
+        assert found["after_evaluation"] == 0
+        assert found["states"] == ["NOT_AVAILABLE"]
+        assert 0 < found["most_within"] <= found["block"]  # one block at a time, not the model
+        steps_and_forwards = 3 * 2 * NUM_LAYERS
+        assert found["num_forwards"] == steps_and_forwards * (2 if checkpointing == "true" else 1)  # recomputed

@@ -1,0 +1,132 @@
+"""Which run a checkpoint is of: named values that must agree, and a digest of the weights that it leaves out."""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.train.checkpoint.find import OWNER
+from tunesmith.train.config.config import AdapterKind, Config
+from tunesmith.train.config.suggest import did_you_mean, nearest
+from tunesmith.train.data.prepare import PreparedData
+from tunesmith.train.errors import ConfigError, TrainingError
+from tunesmith.train.files.manifest import Identity, plain
+from tunesmith.train.ranks.distributed import World, sum_over_ranks
+from tunesmith.train.zero import universal as engine_universal
+from tunesmith.train.zero.sharding import full_shape, own_part
+
+BASE_WEIGHTS = "base_weights"
+BLOCK = 1 << 20  # elements that are multiplied at once: 24 MiB of int64 beside the weights
+# Settings of these groups that change no weight, and so may change between two parts of a run.
+FREE = {f"optimizer.{name}" for name in ("max_skipped_steps", "on_spike", "spike_sigma", "max_rollbacks")}
+NOTED = {"schedule.epochs", "schedule.max_steps"}  # a finished run is extended by them
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
+
+
+def identity(config: Config, world: World, data: PreparedData) -> Identity:
+    """What can be said before the model is loaded; base_weights come later."""
+    groups = {"adapter": config.adapter, "objective": config.objective, "optimizer": config.optimizer}
+    values: dict[str, Any] = {
+        "data": data.fingerprint,
+        "seed": config.seed,
+        "engine.precision": config.engine.precision,
+        **{f"batch.{name}": value for name, value in asdict(config.batch).items() if name != "micro_batch_size"},
+    }
+    if config.adapter.kind is AdapterKind.none:
+        values |= {"model.name_or_path": config.model.name_or_path, "model.revision": config.model.revision}
+    for group, settings in [*groups.items(), ("schedule", config.schedule)]:
+        values |= {f"{group}.{name}": value for name, value in asdict(settings).items()}  # type: ignore[call-overload]
+    return Identity(
+        fingerprint=plain({name: value for name, value in values.items() if name not in FREE | NOTED}),
+        noted=plain({name: values[name] for name in sorted(NOTED)}),
+        world_size=world.world_size,
+        layout=plain(engine_universal.layout(config, world.world_size)),
+        stage=config.engine.stage,
+        accumulation=config.batch.gradient_accumulation_steps(world.world_size),
+        precision=str(config.engine.precision),
+        config_sha256=_sha256(plain(asdict(config))),
+    )
+
+
+def compare(saved: Identity, ours: Identity, allow: list[str], path: Path) -> list[str]:
+    """Sentences on what differs and may. Raises TrainingError that names everything that differs and may not."""
+    both = [(saved.fingerprint.get(key), ours.fingerprint[key], key) for key in ours.fingerprint]
+    different = [(key, f"{key}: was {was}, is {now}") for was, now, key in both if was != now]
+    refused = [(key, words) for key, words in different if key not in allow]
+    if refused:
+        keys = ",".join(key for key, _ in refused)
+        raise TrainingError(
+            f"the checkpoint is of another run. {'; '.join(words for _, words in refused)}.",
+            at=str(path),
+            do=f"set it back, say that it may differ with resume.allow=[{keys}], or start anew with resume=never and "
+            "another output_dir.",
+        )
+    noted = [
+        f"{key}: was {was}, is {ours.noted[key]}" for key, was in saved.noted.items() if was != ours.noted.get(key)
+    ]
+    return [f"since the checkpoint, {words}" for words in [words for _, words in different] + noted]
+
+
+def check_allowed(allow: list[str], ours: Identity) -> None:
+    """Raises ConfigError for a name in resume.allow that allows nothing."""
+    known = [*ours.fingerprint, BASE_WEIGHTS, OWNER]
+    for name in allow:
+        if name not in known:
+            raise ConfigError(
+                f"resume.allow names {name!r}, which is not compared.{did_you_mean(nearest(name, known))}",
+                key="resume.allow",
+                do="give the names that the error on resuming gives, or owner.",
+            )
+
+
+def with_base_weights(ours: Identity, model: nn.Module, world: World, device: torch.device) -> Identity:
+    """Every rank calls it, with the engine's own model."""
+    return replace(ours, fingerprint=ours.fingerprint | {BASE_WEIGHTS: base_weights(model, world, device)})
+
+
+def base_weights(model: nn.Module, world: World, device: torch.device) -> str:
+    """A digest of the frozen weights: their names, shapes, dtypes and bits. Every rank calls it and gets the same.
+
+    It is the same for every ZeRO stage and number of ranks: each rank adds up, modulo 2^64, its share of the elements
+    times a pseudo-random odd number for each position, and the sums of the ranks are added. Made to tell one model
+    from another, not to withstand somebody who looks for two with the same digest.
+    """
+    frozen = sorted((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+    factors = _factors(device)
+    sums = torch.zeros(len(frozen), dtype=torch.int64, device=device)
+    for index, (_, parameter) in enumerate(frozen):
+        start, part = own_part(parameter, world)
+        sums[index] = _weighted_sum(part.to(device), start, factors)
+    sum_over_ranks(sums)
+    described = [
+        [name, list(full_shape(parameter)), str(parameter.dtype), total]
+        for (name, parameter), total in zip(frozen, sums.tolist(), strict=True)
+    ]
+    return _sha256(described)
+
+
+def _factors(device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0x7E57)  # torch's CPU generator: the same numbers on every machine
+    return (torch.randint(-(2**62), 2**62, (BLOCK,), generator=generator) * 2 + 1).to(device)
+
+
+def _weighted_sum(part: torch.Tensor, start: int, factors: torch.Tensor) -> torch.Tensor:
+    """Sum of element x factor of its position, modulo 2^64; part is flat and begins at position start of the whole."""
+    bits = part.detach().contiguous().view(INTEGERS[part.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=part.device)
+    position = start
+    while position < start + len(bits):
+        block, offset = divmod(position, BLOCK)
+        length = min(BLOCK - offset, start + len(bits) - position)
+        chunk = bits[position - start : position - start + length].to(torch.int64)
+        total += (chunk * factors[offset : offset + length]).sum() * factors[block % BLOCK]
+        position += length
+    return total
+
+
+def _sha256(tree: object) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,115 @@
+"""The end of a run: the best weights answer the questions, what was saved is proven, and the report is written."""
+
+from pathlib import Path
+from typing import Any
+
+from tunesmith.train.answer import export
+from tunesmith.train.answer.evaluate import answer_metrics, same_answer
+from tunesmith.train.answer.generate import answers
+from tunesmith.train.checkpoint import conversion
+from tunesmith.train.data.render import stop_token_ids
+from tunesmith.train.data.template import visible_answer
+from tunesmith.train.errors import TrainingError
+from tunesmith.train.files import run_folder
+from tunesmith.train.files.fence import fence
+from tunesmith.train.files.run_folder import best_folder
+from tunesmith.train.ranks import distributed
+from tunesmith.train.ranks.progress import reach
+from tunesmith.train.run.loop import Loop
+from tunesmith.train.run.setup import Run
+from tunesmith.train.run.summary import end_rows, summarise
+from tunesmith.train.track.report import write_report
+from tunesmith.train.track.track import Sample
+
+
+def finish(loop: Loop) -> dict[str, Any]:
+    """Every rank calls it. Returns the summary; raises TrainingError when the saved model is not the live one."""
+    run = loop.run
+    folder, evaluation = _bring_back_best(loop)
+    figures = _answer_questions(loop)
+    run.reporter.phase("opening the saved model again")
+    reach("opening the saved model again")
+    proof = _prove(run, folder)
+    reach("finishing")
+    summary = summarise(run, evaluation=evaluation | figures, proof=proof)
+    run.reporter.finish(summary)
+    if run.world.rank == 0:
+        fence.check()
+        export.discard_drafts(folder)  # only now: until the summary says finished, a restart needs the best weights
+        conversion.forget(run.run_dir)  # a run that saved no checkpoint of its own still has it
+        write_report(run.run_dir)
+        place = run.reporter.wandb_place
+        run.reporter.end(end_rows(summary, run.run_dir) + ([("W&B", place)] if place else []), "Finished")
+    distributed.barrier()
+    return summary
+
+
+def _bring_back_best(loop: Loop) -> tuple[Path, dict[str, float]]:
+    """The folder of the best weights and their eval figures; the live model holds the same weights afterwards."""
+    run, state = loop.run, loop.run.state
+    if state.best_step is None:
+        return loop.write_model(), state.evaluation
+    folder = best_folder(run.run_dir, state.best_step)
+    if state.best_step == state.step:
+        return folder, state.evaluation
+    reach("bringing back the best weights")
+    export.restore(run.engine, run.config, folder)
+    return folder, loop.measure()
+
+
+def _answered(loop: Loop, done: int, total: int) -> None:
+    loop.run.reporter.phase(f"generating answers {done}/{total}")
+    reach("generating answers")
+    loop.end_if_asked()
+
+
+def _answer_questions(loop: Loop) -> dict[str, float]:
+    run, settings = loop.run, loop.run.config.evaluate
+    questions = run.data.questions[: settings.max_records]
+    if not settings.generate or not questions:
+        return {}
+    reach("generating answers", run.state.step)
+    found = answers(
+        run.engine.module,
+        questions,
+        world=run.world,
+        device=run.engine.device,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=stop_token_ids(run.tokenizer),
+        pad_token_id=run.tokenizer.pad_token_id,
+        progress=lambda done, total: _answered(loop, done, total),
+    )
+    texts = [visible_answer(run.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
+    expected = [question.answer for question in questions]
+    figures = answer_metrics(texts, expected)
+    run.reporter.evaluation(run.state.step, figures)
+    rows = [
+        Sample(question.messages[-1]["content"], question.answer, text, same_answer(text, question.answer))
+        for question, text in zip(questions, texts, strict=True)
+    ]
+    run.reporter.samples(run.state.step, rows[: settings.num_samples])
+    return figures
+
+
+def _prove(run: Run, folder: Path) -> str:
+    """Rank 0 opens the written model and compares; every rank hears of a difference."""
+    probe_ids, logits_TV = export.probe(run.engine)
+    problem: Exception | None = None
+    proof = ""
+    if run.world.rank == 0:
+        try:
+            proof = export.verify(folder, run.config, probe_ids, logits_TV)
+            export.publish(folder, run.run_dir / run_folder.MODEL)
+        except OSError as error:
+            problem = TrainingError(
+                f"the model could not be read back and put in its place: {error}.",
+                at=str(run.run_dir / run_folder.MODEL),
+                do="free space there; the same command goes on from the newest checkpoint.",
+            )
+            problem.__cause__ = error
+        except Exception as error:
+            problem = error
+    if not distributed.all_ranks(problem is None, run.engine.device):
+        raise problem or TrainingError("rank 0 could not prove the saved model.")
+    return proof

@@ -1,0 +1,73 @@
+"""DeepSpeed's files: written once, hashed on the way to a disk that has them for certain; read without running code."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from tunesmith.train.errors import TrainingError
+from tunesmith.train.files.background_writer import Part
+from tunesmith.train.files.host_copy import host_copy
+
+# All that DeepSpeed 0.19.8 puts into a checkpoint beside what torch loads anyway: plain values and tensors.
+ALLOWED: Sequence[Callable[..., Any]] = (ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address)
+
+
+def allowed_types() -> AbstractContextManager[None]:
+    """Inside, torch.load(weights_only=True) takes these few types of DeepSpeed's, and no others."""
+    return torch.serialization.safe_globals(list(ALLOWED))
+
+
+def foreign_types(path: Path) -> list[str]:
+    """What a file would bring in besides tensors and the allowed types. Runs nothing of it and reads no tensor."""
+    try:
+        with allowed_types():
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception as error:  # torch has no one kind for a file that is not as it writes them
+        return [f"something that is no checkpoint of torch ({str(error).splitlines()[0][:80]})"]
+
+
+def load_plain(path: str | Path, map_location: Any = "cpu") -> Any:
+    """The content of one of DeepSpeed's files. Raises TrainingError when it holds more than plain values."""
+    if found := foreign_types(Path(path)):
+        raise TrainingError(
+            f"{Path(path).name} holds {', '.join(found)}, which could run code; nothing of it was run.",
+            at=str(path),
+            do="do not use this checkpoint; somebody has put that there.",
+        )
+    with allowed_types():
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class EngineFiles(CheckpointEngine):
+    """What DeepSpeed calls to write and read. save() leaves it to this rank's Part of the checkpoint under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "tunesmith"
+        self.part: Part | None = None
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        pass
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        assert self.part is not None
+        self.part.add_folder(Path(path))
+
+    def save(self, state_dict: Any, path: str) -> None:
+        assert self.part is not None
+        tree = host_copy(state_dict) if self.part.background else state_dict
+        self.part.add(Path(path), partial(torch.save, tree))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return load_plain(path, map_location)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True
