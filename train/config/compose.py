@@ -27,7 +27,7 @@ from tunesmith.train.config.own_yaml import check_option, check_own_folder, not_
 from tunesmith.train.config.suggest import did_you_mean, suggest_key
 from tunesmith.train.errors import ConfigError, TunesmithError
 
-RAW_KEY = "engine.deepspeed"  # everything below it is DeepSpeed's own language
+RAW_KEYS = ("engine.deepspeed", "objective.settings")  # what stands below them is no part of the schema
 SEE_DOCS = "docs/config.md lists every setting."
 SEARCH_SPACES = "sweep"  # a folder of yaml files that are no part of a run: launch/sweep.py reads them
 
@@ -46,7 +46,7 @@ class Composed:
         try:
             yield
         except TunesmithError as error:
-            if self.places and error.at and (error.at in schema_keys() or error.at.startswith(f"{RAW_KEY}.")):
+            if self.places and error.at and (error.at in schema_keys() or below_raw_key(error.at)):
                 error.at = self.places.find(error.at)
             raise
 
@@ -131,8 +131,14 @@ def _to_config(tree: DictConfig) -> Composed:
 
 
 def admit_raw_key(override: str) -> str:
-    """`engine.deepspeed.a.b=1` adds a key that our schema does not list, which Hydra wants said with ++."""
-    return f"++{override}" if override.startswith((f"{RAW_KEY}.", f"{RAW_KEY}={{")) else override
+    """`engine.deepspeed.a.b=1` adds a key that the schema does not list, which Hydra wants said with ++."""
+    is_raw = below_raw_key(override) or override.startswith(tuple(f"{key}={{" for key in RAW_KEYS))
+    return f"++{override}" if is_raw else override
+
+
+def below_raw_key(key: str) -> bool:
+    """Whether a key stands below one of RAW_KEYS."""
+    return key.startswith(tuple(f"{raw_key}." for raw_key in RAW_KEYS))
 
 
 def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
@@ -149,7 +155,7 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
         override = parse_override(text)
         key, at = override.key_or_group, f"command line: {one_line(text)}"
         options = group_options(key, folders)
-        is_setting = key.startswith(f"{RAW_KEY}.") or (key in keys and not is_dataclass(keys[key]))
+        is_setting = below_raw_key(key) or (key in keys and not is_dataclass(keys[key]))
         if not is_setting and not options:
             raise _unknown_key(key, at, folders)
         if override.is_delete():
@@ -158,7 +164,7 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
             raise ConfigError(
                 f"{text} gives several values to one run.", at=at, do="give one; a list is written [a,b]."
             )
-        if is_setting and override.is_add() and not override.is_force_add() and not key.startswith(f"{RAW_KEY}."):
+        if is_setting and override.is_add() and not override.is_force_add() and not below_raw_key(key):
             raise ConfigError(f"{key} is there already.", at=at, do=f"write {text.lstrip('+')}, without the plus.")
         if options:
             _check_choice(text, override.value(), key, options)

@@ -12,6 +12,7 @@ from enum import StrEnum
 from tunesmith.train.config.schema.around import (
     CheckpointConfig,
     EvaluateConfig,
+    MetricGoal,
     ProfileConfig,
     ResumeConfig,
     TrackConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "EngineConfig",
     "EvaluateConfig",
     "Kernels",
+    "MetricGoal",
     "ModelConfig",
     "ObjectiveConfig",
     "Offload",

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from tunesmith.train.config.compose import (
-    RAW_KEY,
     compose_config,
     group_options,
     load_resolved,
@@ -191,16 +190,22 @@ def test_an_error_found_while_the_config_is_used_is_given_its_line() -> None:
 
 
 def test_raw_deepspeed_keys_need_no_plus() -> None:
-    override = f"{RAW_KEY}.zero_optimization.reduce_bucket_size=1000"
-    config = compose_config(["+exp=debug", override, f"{RAW_KEY}.flops_profiler={{enabled:true}}"]).config
+    override = "engine.deepspeed.zero_optimization.reduce_bucket_size=1000"
+    config = compose_config(["+exp=debug", override, "engine.deepspeed.flops_profiler={enabled:true}"]).config
     assert config.engine.deepspeed == {
         "zero_optimization": {"reduce_bucket_size": 1000},
         "flops_profiler": {"enabled": True},
     }
 
 
+def test_an_objective_has_settings_of_its_own() -> None:
+    config = compose_config(["+exp=debug", "objective.settings.margin=0.5", "objective.settings.names=[a,b]"]).config
+    assert config.objective.settings == {"margin": 0.5, "names": ["a", "b"]}
+    assert compose_config(["+exp=debug", "objective.settings={margin:1}"]).config.objective.settings == {"margin": 1}
+
+
 def test_the_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
-    composed = compose_config(["+exp=support_bot", "adapter=lora", f"{RAW_KEY}.aio.block_size=7"])
+    composed = compose_config(["+exp=support_bot", "adapter=lora", "engine.deepspeed.aio.block_size=7"])
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(composed.resolved, sort_keys=False))
     assert load_resolved(path) == composed.config
@@ -242,7 +247,7 @@ def test_a_target_is_an_unknown_key(override: str) -> None:
 def test_a_target_below_a_raw_key_or_in_a_value_is_never_run(value: str, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     filled = value.replace("{canary}", str(canary))
-    config = compose_config(["+exp=debug", f"{RAW_KEY}.x={filled}"]).config
+    config = compose_config(["+exp=debug", f"engine.deepspeed.x={filled}"]).config
     assert "_target_" in config.engine.deepspeed["x"]
     assert "data.train must be a path" in error_of("+exp=debug", f"data.train={filled}")
     assert not canary.exists()

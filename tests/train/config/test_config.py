@@ -88,6 +88,9 @@ RULES = [  # overrides; the last one is the key that is named; words of the prob
     (["evaluate.max_new_tokens=0"], "max_new_tokens must be above 0", "above 0"),
     (["evaluate.max_records=-3"], "max_records must be above 0, not -3.", "above 0"),
     (["evaluate.patience=0"], "patience must be above 0", "above 0"),
+    (["evaluate.metric=''"], "evaluate.metric is empty.", "leave it out"),
+    (["objective.kind=os.path"], "'os.path' cannot name an objective.", "a file of train/objective/, such as sft"),
+    (["objective.kind=''"], "'' cannot name an objective.", "such as sft"),
     (["evaluate.num_samples=-1"], "num_samples must be at least 0", "0 or a finite number"),
     (
         ["evaluate.every_steps=null", "evaluate.patience=2"],

@@ -15,7 +15,7 @@ import pytest
 from tunesmith.train.config.config import Config
 
 ROOT = Path(__file__).parents[3]
-SCHEMA_FILES = [ROOT / "train/config/config.py", *sorted((ROOT / "train/schema").glob("*.py"))]
+SCHEMA_FILES = [ROOT / "train/config/config.py", *sorted((ROOT / "train/config/schema").glob("*.py"))]
 Reads = set[tuple[str, str]]  # (class, field)
 
 

@@ -14,6 +14,11 @@ class WandbMode(StrEnum):
     disabled = "disabled"
 
 
+class MetricGoal(StrEnum):
+    min = "min"
+    max = "max"
+
+
 @dataclass(kw_only=True)
 class CheckpointConfig:
     """When the whole state of the run is saved, and what is kept."""
@@ -21,7 +26,7 @@ class CheckpointConfig:
     every_steps: int | None = None  # optimizer steps between two saves; null: none by steps
     every_minutes: float | None = None  # minutes between two saves, by rank 0's clock, besides every_steps; null: none
     at_end: bool = True  # a checkpoint after the last step, from which the run can be extended
-    keep_last: int = 2  # newest checkpoints kept, at least 2; the one with the best eval loss is kept besides
+    keep_last: int = 2  # newest checkpoints kept, at least 2; the best one by evaluate.metric is kept too
     keep_every_steps: int | None = None  # checkpoints of steps that this divides are kept for good; null: none
     async_save: bool = False  # write in the background while training goes on, from a copy in host memory
     max_failed_saves: int = 3  # saves in a row that could not be written, as on a full disk, before the run ends
@@ -63,7 +68,9 @@ class EvaluateConfig:
     max_new_tokens: int = 256  # tokens in one generated answer at most
     max_records: int | None = None  # validation records answered; null: all
     num_samples: int = 8  # answers shown in the report and in W&B
-    patience: int | None = None  # evaluations without a better loss before the run stops early; null: never
+    metric: str = "eval/loss"  # the figure that decides which weights are best; patience follows it too
+    metric_goal: MetricGoal = MetricGoal.min  # whether that figure is better when it is lower (min) or higher (max)
+    patience: int | None = None  # evaluations without a better evaluate.metric before the run stops early; null: never
 
     def __post_init__(self) -> None:
         check_positive(
@@ -75,6 +82,7 @@ class EvaluateConfig:
             patience=self.patience,
         )
         check_not_negative("evaluate", num_samples=self.num_samples)
+        check_no_empty_text(self, "evaluate.")
 
 
 @dataclass(kw_only=True)
