@@ -23,6 +23,7 @@ class Setting:
         from tunesmith.train.config.compose import compose_config
         from tunesmith.train.data.prepare import prepare
         from tunesmith.train.data.tokenizer import load_tokenizer
+        from tunesmith.train.objective.objective import make_objective
         from tunesmith.train.paths import resolve_path
 
         self.scratch = scratch
@@ -50,7 +51,8 @@ class Setting:
         ]
         self.config = compose_config(overrides).config
         self.tokenizer = load_tokenizer(self.config.model, self.config.data)
-        self.data = prepare(self.config, self.tokenizer, show_progress=False)
+        self.objective = make_objective(self.config, self.tokenizer)
+        self.data = prepare(self.config, self.tokenizer, self.objective, show_progress=False)
         path = Path(resolve_path(self.config.data.train_sources[0]))
         self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -90,9 +92,10 @@ def tunesmith(setting: Setting) -> Training:
     """The real loop: its data path, engine and bookkeeping."""
     import torch
 
+    from tunesmith.train.model.kernel_choice import choose_kernels
     from tunesmith.train.ranks.distributed import World, start
     from tunesmith.train.run.loop import Loop
-    from tunesmith.train.run.setup import set_up
+    from tunesmith.train.run.setup import make_run, open_session
     from tunesmith.train.track.reporter import Reporter
 
     class Turns(Reporter):
@@ -105,11 +108,13 @@ def tunesmith(setting: Setting) -> Training:
     device = torch.device("cpu")
     if not torch.distributed.is_initialized():
         start(World(), device, timeout_minutes=10)
-    run = set_up(setting.config, World(), device, setting.scratch / "run", setting.tokenizer, setting.data, reporter)
+    parts = (setting.tokenizer, setting.objective, setting.data, choose_kernels(setting.config, device), reporter)
+    run = make_run(setting.config, World(), device, setting.scratch / "run", *parts)
+    loop = Loop(run, open_session(run))
 
     def train(step_done: StepDone) -> None:
         reporter.step_done = step_done
-        Loop(run).train()
+        loop.train()
 
     return train
 

@@ -42,17 +42,18 @@ def tell(**message: Any) -> None:
 
 def trace_tunesmith(trace: Trace) -> None:
     """Notes each forward of this process."""
-    from tunesmith.train.engine import Engine
+    from tunesmith.train.model.scorer import Scorer
     from tunesmith.train.ranks.progress import progress
 
-    loss_sum = Engine.loss_sum
+    nll = Scorer.nll
 
-    def traced(engine: Any, batch: Any, **options: Any) -> Any:
-        loss = loss_sum(engine, batch, **options)
-        trace.note(progress.step, loss, batch.input_ids, engine.module.parameters())
-        return loss
+    def traced(scorer: Any, batch: Any) -> Any:
+        found = nll(scorer, batch)
+        if found.num_correct is None:  # not an evaluation
+            trace.note(progress.step, found.loss, batch.inputs["input_ids"], scorer._model.parameters())
+        return found
 
-    Engine.loss_sum = traced  # type: ignore[method-assign]
+    Scorer.nll = traced  # type: ignore[method-assign]
 
 
 def run_side(side: str, task: dict[str, Any]) -> None:

@@ -69,6 +69,7 @@ def digest(run_dir: Path) -> dict[str, Any]:
             found[str(path.relative_to(run_dir))] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name == "state.json":
             state = json.loads(path.read_text(encoding="utf-8"))
+            state["best_metric"] = state.pop("best_eval_loss", state.get("best_metric"))  # its name before issue 11
             found[str(path.relative_to(run_dir))] = {
                 name: value for name, value in sorted(state.items()) if not name.endswith("seconds")
             }

@@ -27,12 +27,15 @@ def evaluate(arguments: list[str]) -> None:
     from tunesmith.train.answer.bot import Bot
     from tunesmith.train.answer.evaluate import answer_metrics, same_answer
     from tunesmith.train.data.prepare import prepare
+    from tunesmith.train.objective.objective import make_objective
     from tunesmith.train.track.console import Console
 
     bot = Bot(run_dir, max_new_tokens=max_new_tokens)
     data = replace(bot.config.data, train=[values["data"]], validation=[], validation_fraction=0.0)
     asked = replace(bot.config, data=data, evaluate=replace(bot.config.evaluate, every_steps=None, patience=None))
-    questions = prepare(asked, bot.tokenizer, show_progress=True).train_questions()
+    questions = prepare(
+        asked, bot.tokenizer, make_objective(asked, bot.tokenizer), show_progress=True
+    ).train_questions()
     console = Console()
     answers = bot.answers(questions, batch_size, lambda done, total: console.phase(f"answering {done}/{total}"))
     figures = answer_metrics(answers, [question.answer for question in questions])

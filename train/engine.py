@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.kernels.cross_entropy import token_nll
-from tunesmith.train.config.config import AdapterKind, Config, Kernels, Offload
-from tunesmith.train.data.store import MicroBatch
+from tunesmith.train.config.config import AdapterKind, Config, Kernels
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files.background_writer import Part
-from tunesmith.train.model.kernel_choice import choose_kernels
-from tunesmith.train.model.output_head import TargetRows, loss_in_head
+from tunesmith.train.model.output_head import TargetRows
+from tunesmith.train.model.scorer import Scorer
+from tunesmith.train.optimizer import apply_settings, make_optimizer, parameter_groups, state_of
 from tunesmith.train.ranks.distributed import World, barrier
 from tunesmith.train.zero import universal as engine_universal
 from tunesmith.train.zero.checkpoint_engine import EngineFiles
 from tunesmith.train.zero.deepspeed import deepspeed
 from tunesmith.train.zero.deepspeed_config import deepspeed_config, is_plain_fp32, raw_keys_explained
-from tunesmith.train.zero.sharding import full_shape, gathered
+from tunesmith.train.zero.sharding import gathered
 
 TAG = "engine"  # folder of DeepSpeed's files inside a checkpoint
 
@@ -32,33 +31,6 @@ class Update:
 
     grad_norm: float
     applied: bool
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, which decay, and norms, biases and embeddings, which do not."""
-    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            matrix = len(full_shape(parameter)) >= 2 and id(parameter) not in embeddings
-            (decayed if matrix else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW: DeepSpeed's CPU kernel under offload, torch's fused one elsewhere."""
-    settings = config.optimizer
-    groups = parameter_groups(model, settings.weight_decay)
-    arguments: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "betas": (settings.beta1, settings.beta2),
-        "eps": settings.eps,
-    }
-    if config.engine.offload_optimizer is not Offload.none:
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
-    return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
 def leave_out_frozen_twins(model: nn.Module) -> None:
@@ -81,11 +53,18 @@ def leave_out_frozen_twins(model: nn.Module) -> None:
 class Engine:
     """A model on all ranks: forward, backward, update, whole parameters, save and load.
 
-    warn gets a sentence where a kernel cannot be used. Every rank makes its engine at the same time.
+    `scorer` is what an objective asks; kernels are those of choose_kernels(); warn gets a sentence where one cannot be
+    used. Every rank makes its engine at the same time.
     """
 
     def __init__(
-        self, model: nn.Module, config: Config, world: World, device: torch.device, warn: Callable[[str], None]
+        self,
+        model: nn.Module,
+        config: Config,
+        world: World,
+        device: torch.device,
+        kernels: Kernels,
+        warn: Callable[[str], None],
     ) -> None:
         self.device = device
         self.world = world
@@ -94,12 +73,12 @@ class Engine:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._group_names = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         self._weight_decays = [group["weight_decay"] for group in groups]
-        self._target_rows = TargetRows(model)
+        target_rows = TargetRows(model)
         if device.type == "cpu":
             model.to(device)
         if self._frozen_left_out:
             leave_out_frozen_twins(model)
-        optimizer = make_optimizer(model, config, device)
+        optimizer = make_optimizer(groups, config)
         with raw_keys_explained(config):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -111,9 +90,7 @@ class Engine:
         self._engine.checkpoint_engine = self._files
         self._engine._copy_recovery_script = lambda _: None  # a checkpoint holds no programs
         self._plain_fp32 = is_plain_fp32(config.engine)
-        kernels = choose_kernels(config, device)
-        on = kernels is not Kernels.off
-        self._loss_in_head = loss_in_head(self.module, str(kernels), device, warn) if on else None
+        self.scorer = Scorer(self.module, self._engine, target_rows, kernels, device, warn)
 
     @property
     def module(self) -> Any:
@@ -125,43 +102,6 @@ class Engine:
 
     def eval(self) -> None:
         self._engine.eval()
-
-    def target_logits(self, batch: MicroBatch) -> torch.Tensor:
-        """Logits of the rows whose label counts: [N, V], in the order of batch.target_rows."""
-        self._target_rows.rows = batch.target_rows
-        try:
-            return self._forward(batch)[0][0]
-        finally:
-            self._target_rows.rows = None
-
-    def loss_sum(self, batch: MicroBatch, *, divisor: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """Weighted sum, not mean, of the negative log-likelihoods of the batch's targets, over the divisor; 0 when it
-        has none.
-        """
-        if self._loss_in_head is not None:
-            with self._loss_in_head.computing(batch, divisor=divisor):
-                return self._forward(batch)
-        labels, weights = batch.targets()
-        return (token_nll(self.target_logits(batch), labels) * weights).sum() / divisor
-
-    @torch.no_grad()
-    def loss_sum_and_num_correct(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """loss_sum() added up in float64, and how many targets no other token is likelier than."""
-        labels, weights = batch.targets()
-        if self._loss_in_head is not None:
-            with self._loss_in_head.computing(batch, return_stats=True) as found:
-                self._forward(batch)
-            assert found.stats is not None
-            logprobs = found.stats.logprob_T[batch.target_rows]
-            return -(logprobs * weights).double().sum(), found.stats.correct_T.sum()
-        logits = self.target_logits(batch)
-        nll = token_nll(logits, labels)
-        return (nll * weights).double().sum(), (logits.argmax(-1) == labels).sum()
-
-    def _forward(self, batch: MicroBatch) -> Any:
-        return self._engine(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=False
-        )
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of a loss that is already this rank's share of the global loss.
@@ -191,7 +131,7 @@ class Engine:
         norm = float(total_norm.item())
         if not math.isfinite(norm):
             for parameter in parameters:
-                parameter.grad = None  # AdamW leaves a parameter without a gradient as it is
+                parameter.grad = None  # an optimizer leaves a parameter without a gradient as it is
         elif self._config.optimizer.max_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._config.optimizer.max_grad_norm, total_norm)
         self._engine.step()
@@ -260,23 +200,19 @@ class Engine:
 
     def load_converted(self, folder: Path) -> None:
         """Restores what save() wrote on other ranks or at another stage, from its whole parameters (conversion.py)."""
-        engine_universal.load(self._engine, folder, self._group_names)
+        engine_universal.load(self._engine, folder, self._group_names, state_of)
         self._apply_settings()
 
     def _apply_settings(self) -> None:
-        """The config's settings, where DeepSpeed has put back those of the checkpoint: they may have been changed."""
-        optimizer, settings = self._engine.optimizer, self._config.optimizer
-        for group, weight_decay in zip(optimizer.param_groups, self._weight_decays, strict=True):
-            group["weight_decay"] = weight_decay
-            group["betas"] = (settings.beta1, settings.beta2)
-            group["eps"] = settings.eps
+        optimizer = self._engine.optimizer
+        apply_settings(optimizer, self._weight_decays, self._config)
         if hasattr(optimizer, "clip_grad"):
-            optimizer.clip_grad = settings.max_grad_norm or 0.0
+            optimizer.clip_grad = self._config.optimizer.max_grad_norm or 0.0
 
     def close(self) -> None:
         """Takes the engine down, so that another can be made in this process; nothing else may be called then."""
         self._engine.destroy()
-        del self._engine, self._target_rows, self._loss_in_head
+        del self._engine, self.scorer
 
     @property
     def _frozen_left_out(self) -> bool:

@@ -65,10 +65,10 @@ def packed_against_alone(rank: Any, overrides: list[str]) -> dict[str, float]:
     """On a rank: how far the logits of packed sequences are from those of their records one by one."""
     import torch
 
-    with rank.ready(overrides) as (run, _), torch.no_grad():
-        engine, store = run.engine, run.data.train
+    with rank.ready(overrides) as (loop, _), torch.no_grad():
+        engine, store = loop.session.engine, loop.run.data.train
         engine.eval()
-        together = engine.target_logits(store.micro_batch(range(4), pad_token_id=0))
+        together = engine.scorer.target_logits(store.batch(range(4), pad_token_id=0))
         alone = []
         for record in range(int(store.sequences[4])):
             ids, weights = (torch.from_numpy(part.copy()) for part in store.record(record))
@@ -119,14 +119,18 @@ def moved_by_a_stranger(rank: Any, overrides: list[str]) -> list[float]:
     """On a rank: how far the logits of a sequence's first and second record move when the first one changes."""
     import torch
 
-    with rank.ready(overrides) as (run, _), torch.no_grad():
-        engine, store = run.engine, run.data.train
+    with rank.ready(overrides) as (loop, _), torch.no_grad():
+        engine, store = loop.session.engine, loop.run.data.train
         engine.eval()
-        batch = store.micro_batch([0], pad_token_id=0)
+        batch = store.batch([0], pad_token_id=0)
         first, second = (int(end) for end in store.record_starts[1:3] - store.record_starts[0])
-        before = engine.module(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
-        batch.input_ids[0, 1] += 1
-        after = engine.module(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
+        before = engine.module(
+            input_ids=batch.inputs["input_ids"], position_ids=batch.inputs["position_ids"], use_cache=False
+        ).logits[0]
+        batch.inputs["input_ids"][0, 1] += 1
+        after = engine.module(
+            input_ids=batch.inputs["input_ids"], position_ids=batch.inputs["position_ids"], use_cache=False
+        ).logits[0]
         moved = (after - before).abs().amax(-1)
         return [float(moved[:first].max()), float(moved[first:second].max())]
 
@@ -142,8 +146,15 @@ def test_a_change_in_one_packed_record_does_not_move_another(
 def evaluation(rank: Any, overrides: list[str], batch_size: int) -> dict[str, float]:
     from tunesmith.train.answer.evaluate import evaluate
 
-    with rank.ready(overrides) as (run, _):
-        return evaluate(run.engine, run.data.train, batch_size=batch_size, world=rank.world, pad_token_id=0)
+    with rank.ready(overrides) as (loop, _):
+        return evaluate(
+            loop.session.engine,
+            loop.objective,
+            loop.run.data.train,
+            batch_size=batch_size,
+            world=rank.world,
+            pad_token_id=0,
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -169,16 +180,12 @@ def poisoned_run(rank: Any, overrides: list[str], poison: str, step: int) -> dic
     poison: "nan" or "inf", the weight of a label; "loss": a logit of minus infinity, which makes the loss infinite
     while its gradient stays finite; "absent": the step is passed over, which is what skipping it must come to.
     """
-    import dataclasses
     import math
+    from dataclasses import replace
 
     import torch
 
-    from tunesmith.train.run.loop import Loop
-
-    with rank.ready(overrides) as (run, recorder):
-        loop = Loop(run)
-        clean = loop.micro_batches
+    with rank.ready(overrides) as (loop, recorder):
         doomed: list[torch.Tensor] = []
 
         def infinite(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -188,36 +195,40 @@ def poisoned_run(rank: Any, overrides: list[str], poison: str, step: int) -> dic
             holes[0].scatter_(1, doomed.pop()[:, None], -math.inf)
             return logits + holes
 
-        run.engine.module.get_output_embeddings().register_forward_hook(infinite)
+        loop.session.engine.module.get_output_embeddings().register_forward_hook(infinite)
 
-        def micro_batches(at: int) -> Any:
-            batches = clean(at)
-            if at != step or rank.world.rank != rank.world.world_size - 1:
-                return batches
-            first = batches[0]
-            if poison == "loss":
-                doomed.append(first.labels.flatten()[first.target_rows])
-                return batches
-            weights = first.weights.clone()
-            weights.view(-1)[first.target_rows[0]] = float(poison)
-            return [dataclasses.replace(first, weights=weights), *batches[1:]]
+        class PoisonedFeed:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(feed, name)
 
-        loop.micro_batches = micro_batches  # type: ignore[method-assign]
-        run.engine.train()
+            def batches(self, at: int) -> Any:
+                batches = feed.batches(at)
+                if at != step or rank.world.rank != rank.world.world_size - 1:
+                    return batches
+                first = batches[0]
+                if poison == "loss":
+                    doomed.append(first.labels.flatten()[first.target_rows])
+                    return batches
+                weights = first.weights.clone()
+                weights.view(-1)[first.target_rows[0]] = float(poison)
+                return [replace(first, columns={"weights": weights}), *batches[1:]]
+
+        feed = loop.run.feed
+        loop.run = replace(loop.run, feed=PoisonedFeed())
         digests = []
-        while run.state.step < run.total_steps:
-            if poison == "absent" and run.state.step == step:
-                run.state.step += 1
+        while loop.session.state.step < loop.run.feed.total_steps:
+            if poison == "absent" and loop.session.state.step == step:
+                loop.session.state.step += 1
             else:
-                loop._one_step()
-            digests.append(weights_digest(run.engine))
+                loop.step()
+            digests.append(weights_digest(loop.session.engine))
         return {
             "losses": recorder.losses,
             "applied": [it.applied for it in recorder.steps],
             "digests": digests,
             "warnings": recorder.warnings,
-            "skipped": run.state.skipped_steps,
-            "in_row": run.state.skipped_in_row,
+            "skipped": loop.session.state.skipped_steps,
+            "in_row": loop.session.state.skipped_in_row,
         }
 
 
@@ -267,20 +278,18 @@ def hopeless_run(rank: Any, overrides: list[str]) -> dict[str, Any]:
     import torch
 
     from tunesmith.train.errors import TrainingError
-    from tunesmith.train.run.loop import Loop
 
-    with rank.ready(overrides) as (run, recorder):
+    with rank.ready(overrides) as (loop, recorder):
         scale = {"hidden": 1.0}
-        head = run.engine.module.get_output_embeddings()
+        head = loop.session.engine.module.get_output_embeddings()
         head.register_forward_pre_hook(lambda module, args: (args[0] * scale["hidden"],))
-        loop = Loop(run)
-        loop._one_step()
-        loop._one_step()
+        loop.step()
+        loop.step()
         scale["hidden"] = torch.nan
         try:
             loop.train()
         except TrainingError as error:
-            return {"error": str(error), "step": run.state.step, "warnings": len(recorder.warnings)}
+            return {"error": str(error), "step": loop.session.state.step, "warnings": len(recorder.warnings)}
     return {"error": "none"}
 
 
@@ -302,13 +311,13 @@ def trained(rank: Any, overrides: list[str], watch: str) -> dict[str, Any]:
     """On every rank: a run, then the named weights, and what its optimizer holds."""
     import torch
 
-    from tunesmith.train.run.loop import Loop
-
-    with rank.ready(overrides) as (run, recorder):
-        Loop(run).train()
-        names = {name for name, _ in run.engine.module.named_parameters() if watch in name}
-        weights = {name: p.detach().float().flatten().tolist() for name, p in run.engine.whole_parameters(names)}
-        optimizer = run.engine._engine.basic_optimizer
+    with rank.ready(overrides) as (loop, recorder):
+        loop.train()
+        names = {name for name, _ in loop.session.engine.module.named_parameters() if watch in name}
+        weights = {
+            name: p.detach().float().flatten().tolist() for name, p in loop.session.engine.whole_parameters(names)
+        }
+        optimizer = loop.session.engine._engine.basic_optimizer
         moments = [
             value
             for state in optimizer.state.values()
@@ -316,8 +325,8 @@ def trained(rank: Any, overrides: list[str], watch: str) -> dict[str, Any]:
             if torch.is_tensor(value) and name.startswith("exp_avg")
         ]
         masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if run.config.engine.stage == 3:  # lent to the optimizer group by group
-            masters = run.engine._engine.optimizer.fp32_partitioned_groups_flat
+        if loop.run.config.engine.stage == 3:  # lent to the optimizer group by group
+            masters = loop.session.engine._engine.optimizer.fp32_partitioned_groups_flat
         return {
             "losses": recorder.losses,
             "norms": [step.grad_norm for step in recorder.steps],
@@ -326,7 +335,7 @@ def trained(rank: Any, overrides: list[str], watch: str) -> dict[str, Any]:
             "moments": sorted({str(tensor.dtype) for tensor in moments}),
             "num_moments": len(moments),
             "masters": sorted({str(tensor.dtype) for tensor in masters}),
-            "module": sorted({str(parameter.dtype) for parameter in run.engine.module.parameters()}),
+            "module": sorted({str(parameter.dtype) for parameter in loop.session.engine.module.parameters()}),
         }
 
 

@@ -5,7 +5,6 @@ what it returns is written as JSON to <answer>.<rank>.
 """
 
 import contextlib
-import gc
 import importlib.util
 import json
 import os
@@ -18,13 +17,19 @@ from typing import Any
 import torch
 
 from tunesmith.train.config.compose import compose_config
+from tunesmith.train.config.config import Config
 from tunesmith.train.data.prepare import prepare
 from tunesmith.train.data.tokenizer import load_tokenizer
+from tunesmith.train.model.kernel_choice import choose_kernels
+from tunesmith.train.objective.objective import make_objective
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
+from tunesmith.train.ranks.fault_plan import FaultPlan, parse
+from tunesmith.train.ranks.progress import progress
 from tunesmith.train.ranks.state import Step
+from tunesmith.train.run import planned_faults
 from tunesmith.train.run.loop import Loop
-from tunesmith.train.run.setup import Run, set_up
+from tunesmith.train.run.setup import Run, make_run, open_session
 from tunesmith.train.track.reporter import Reporter
 
 
@@ -36,6 +41,7 @@ class Recorder(Reporter):
         self.steps: list[Step] = []
         self.learning_rates: list[float] = []
         self.warnings: list[str] = []
+        self.notes: list[Any] = []
         self.evaluations: list[dict[str, float]] = []
 
     def step(self, state: Any, step: Step, **rest: float) -> None:
@@ -45,12 +51,32 @@ class Recorder(Reporter):
     def warn(self, text: str) -> None:
         self.warnings.append(text)
 
+    def note(self, text: Any) -> None:
+        self.notes.append(text)
+
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.evaluations.append(metrics)
 
     @property
     def losses(self) -> list[float]:
         return [step.loss for step in self.steps]
+
+
+class ScriptedObjective:
+    """A loop's objective, whose evaluations give the losses of a script; all else is real."""
+
+    def __init__(self, loop: Loop, losses: list[float]) -> None:
+        self._loop = loop
+        self._objective = loop.objective
+        self._losses = iter(losses)
+        self.evaluated_at: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
+
+    def metrics(self, totals: Any) -> dict[str, float]:
+        self.evaluated_at.append(self._loop.session.state.step)
+        return self._objective.metrics(totals) | {"loss": next(self._losses)}
 
 
 class Rank:
@@ -62,51 +88,60 @@ class Rank:
         self._num_runs = 0
 
     @contextlib.contextmanager
-    def ready(self, overrides: list[str], run_dir: str | None = None) -> Iterator[tuple[Run, Recorder]]:
-        """A run set up as launch/train.py does it, reporting to a Recorder; its engine is taken down afterwards.
+    def ready(self, overrides: list[str], run_dir: str | None = None) -> Iterator[tuple[Loop, Recorder]]:
+        """A loop at its start as launch/train.py makes it, reporting to a Recorder; its engine is closed afterwards.
 
         Its folder, unless given, is a new one in the pool's scratch folder (the working directory), on all ranks alike.
         """
         self._num_runs += 1
         folder = Path(run_dir or f"run-{self._num_runs}").absolute()
-        config = compose_config(overrides).config
-        tokenizer = load_tokenizer(config.model, config.data)
-        data = prepare(config, tokenizer, show_progress=False)
-        recorder = Recorder()
-        run = set_up(config, self.world, self.device, folder, tokenizer, data, recorder)
+        config, recorder = compose_config(overrides).config, Recorder()
+        run = self.made(config, folder, recorder)
+        loop = Loop(run, open_session(run))
         try:
-            yield run, recorder
+            yield loop, recorder
         finally:
-            run.engine._engine.destroy()
-            del run
-            gc.collect()
+            loop.close()
+
+    def made(self, config: Config, folder: Path, reporter: Reporter) -> Run:
+        """A run whose data is prepared."""
+        tokenizer = load_tokenizer(config.model, config.data)
+        objective = make_objective(config, tokenizer)
+        data = prepare(config, tokenizer, objective, show_progress=False)
+        kernels = choose_kernels(config, self.device)
+        return make_run(config, self.world, self.device, folder, tokenizer, objective, data, kernels, reporter)
+
+    @contextlib.contextmanager
+    def faults(self, loop: Loop, text: str) -> Iterator[None]:
+        """Inside, the faults of a plan like TUNESMITH_FAULTS strike this rank."""
+        progress.plan = FaultPlan([parse(fault) for fault in text.split(";") if fault], self.world.rank)
+        planned_faults.install(progress.plan, loop)
+        try:
+            yield
+        finally:
+            progress.plan = None
 
     def train(self, overrides: list[str], run_dir: str | None = None) -> Recorder:
         """A whole run of the loop, without what follows it."""
-        with self.ready(overrides, run_dir) as (run, recorder):
-            Loop(run).train()
+        with self.ready(overrides, run_dir) as (loop, recorder):
+            loop.train()
         return recorder
 
     def train_in_pieces(self, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
-        """A run left without a word after so many of its own steps, each time, and taken up again.
+        """A run left without a word after so many of its own steps, each time, and resumed.
 
         Gives the loss of every step, the step at which each piece started, and how often the validation split was seen.
         """
         found: dict[int, float] = {}
         started_at, num_evaluations = [], 0
         for limit in [*stop_after, None]:
-            with self.ready(overrides, run_dir) as (run, recorder):
-                loop, first = Loop(run), run.state.step
+            with self.ready(overrides, run_dir) as (loop, recorder):
+                first = loop.session.state.step
                 if limit is None:
                     loop.train()
                 else:
-                    run.engine.train()
                     for _ in range(limit):
-                        step = loop._one_step()
-                        if step is not None:
-                            run.checkpoints.advance(step.verdict, run.state.step)
-                        if loop._due(run.config.checkpoint.every_steps):
-                            loop._save()
+                        loop.step()
                 found |= {first + index: loss for index, loss in enumerate(recorder.losses)}
                 started_at.append(first)
                 num_evaluations += len(recorder.evaluations)

@@ -1,26 +1,25 @@
-"""What the model has learned: loss and accuracy on the validation tokens, and the answers it gives.
+"""What the model has learned: the objective's figures of the validation split, and the answers it gives.
 
 Sums over tokens, never means of means, so that no figure depends on the batch size or the number of ranks.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from tunesmith.train.data.store import TokenStore
+from tunesmith.train.engine import Engine
+from tunesmith.train.objective.objective import Objective, add_up
 from tunesmith.train.ranks.distributed import World, sum_over_ranks
+from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import reach
-
-if TYPE_CHECKING:
-    from tunesmith.train.engine import Engine
 
 
 @torch.no_grad()
 def evaluate(
-    engine: "Engine",
+    engine: Engine,
+    objective: Objective,
     store: TokenStore,
     *,
     batch_size: int,
@@ -28,30 +27,22 @@ def evaluate(
     pad_token_id: int,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Token-weighted loss (nats), perplexity and token accuracy over a split. Every rank calls it and gets the same.
+    """The objective's figures of a split, as eval/<name>: its sums without gradients. Every rank gets the same.
 
     Each sequence is seen once; ranks that run out get empty ones, because under ZeRO 3 all of them must go forward
     together. before_batch is called before each of them, and may raise to leave the evaluation.
     """
     engine.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)  # weighted loss, weight, correct, targets
+    totals = []
     for sequence_ids in rank_batches(store.num_sequences, batch_size, world):
-        reach("evaluating")
+        reach(Phase.evaluating)
         before_batch()
-        batch = store.micro_batch(sequence_ids, pad_token_id=pad_token_id).to(engine.device)
-        loss_sum, num_correct = engine.loss_sum_and_num_correct(batch)
-        sums[0] += loss_sum
-        sums[1] += batch.targets()[1].double().sum()
-        sums[2] += num_correct
-        sums[3] += batch.num_target_tokens
+        batch = store.batch(sequence_ids, pad_token_id=pad_token_id).to(engine.device)
+        totals.append(objective.sums(engine.scorer, batch).totals)
     engine.train()
-    total_loss, weight, total_correct, num_targets = sum_over_ranks(sums).tolist()
-    loss = total_loss / weight
-    return {
-        "eval/loss": loss,
-        "eval/perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "eval/token_accuracy": total_correct / num_targets,
-    }
+    names = list(totals[0])
+    added = sum_over_ranks(add_up(totals, names, engine.device)).tolist()
+    return {f"eval/{name}": value for name, value in objective.metrics(dict(zip(names, added, strict=True))).items()}
 
 
 def rank_batches(num_items: int, batch_size: int, world: World) -> list[list[int]]:

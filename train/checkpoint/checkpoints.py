@@ -190,6 +190,8 @@ class Checkpoints:
         if not load_random_state(found.path, self._world.rank):
             seed_rank(seed, self._world.rank, found.manifest.step)
         tree = json.loads((found.path / "state.json").read_text(encoding="utf-8"))
+        if "best_eval_loss" in tree:  # saved before evaluate.metric was a choice
+            tree["best_metric"] = tree["best_eval_loss"]
         known = {entry.name for entry in fields(RunState)}
         if found.path.parent == self.folder:
             self.saved_step = found.manifest.step

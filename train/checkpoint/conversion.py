@@ -22,6 +22,7 @@ from tunesmith.train.files.durable import digest_of
 from tunesmith.train.files.run_folder import OURS
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
+from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import reach
 from tunesmith.train.zero import shards as engine_shards
 
@@ -48,7 +49,7 @@ class Conversion:
         """
         state, deadline = RUNNING, time.monotonic() + 60 * minutes
         while state == RUNNING:
-            reach("converting the checkpoint")
+            reach(Phase.converting)
             state = distributed.max_over_ranks(self._state(), device)
             if state == RUNNING and distributed.max_over_ranks(time.monotonic() > deadline, device):
                 state = self._give_up(f"it was not done in {minutes:g} minutes (cluster.start_timeout_minutes)")

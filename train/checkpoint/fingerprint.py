@@ -24,6 +24,8 @@ BLOCK = 1 << 20  # elements that are multiplied at once: 24 MiB of int64 beside 
 # Settings of these groups that change no weight, and so may change between two parts of a run.
 FREE = {f"optimizer.{name}" for name in ("max_skipped_steps", "on_spike", "spike_sigma", "max_rollbacks")}
 NOTED = {"schedule.epochs", "schedule.max_steps"}  # a finished run is extended by them
+# What a checkpoint was made with that was saved before there was such a setting.
+BEFORE = {"objective.kind": "sft", "objective.settings": {}}
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
 
 
@@ -54,7 +56,7 @@ def identity(config: Config, world: World, data: PreparedData) -> Identity:
 
 def compare(saved: Identity, ours: Identity, allow: list[str], path: Path) -> list[str]:
     """Sentences on what differs and may. Raises TrainingError that names everything that differs and may not."""
-    both = [(saved.fingerprint.get(key), ours.fingerprint[key], key) for key in ours.fingerprint]
+    both = [(saved.fingerprint.get(key, BEFORE.get(key)), now, key) for key, now in ours.fingerprint.items()]
     different = [(key, f"{key}: was {was}, is {now}") for was, now, key in both if was != now]
     refused = [(key, words) for key, words in different if key not in allow]
     if refused:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.train.config.config import Config, Truncate
 from tunesmith.train.data.cache import cache_folder, open_or_build
+from tunesmith.train.data.example import Example, MakesExamples
 from tunesmith.train.data.questions import Question, prompts_in, read_questions, write_question
 from tunesmith.train.data.records import MAX_SHOWN, Record, read_records
-from tunesmith.train.data.render import Rendered, Renderer, target_turns
+from tunesmith.train.data.render import target_turns
 from tunesmith.train.data.report import DataReport, SplitReport
 from tunesmith.train.data.sources import find_sources
 from tunesmith.train.data.store import TokenStore, write_store
@@ -48,15 +49,17 @@ class PreparedData:
         return self._read_train_questions()
 
 
-def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, *, show_progress: bool) -> PreparedData:
+def prepare(
+    config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples, *, show_progress: bool
+) -> PreparedData:
     """Read, render, tokenise and pack the data of a run, or open what an earlier run has left in the cache.
 
-    Raises: DataError for anything wrong with the data, naming file and line.
+    objective makes the examples of the records. Raises: DataError for anything wrong with the data, with file and line.
     """
-    key = fingerprint(config, tokenizer)
+    key = fingerprint(config, tokenizer, objective)
     show = show_progress and world_from_environment().local_rank == 0
     folder = open_or_build(
-        cache_folder(config.data.cache_dir), key, lambda empty: _build(empty, config, tokenizer, show)
+        cache_folder(config.data.cache_dir), key, lambda empty: _build(empty, config, tokenizer, objective, show)
     )
     has_validation = (folder / "validation").is_dir()
     return PreparedData(
@@ -69,7 +72,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, *, show_progress
     )
 
 
-def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase) -> str:
+def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples) -> str:
     """A hash of everything the prepared arrays depend on."""
     backend = orjson.loads(tokenizer.backend_tokenizer.to_str())
     parts: dict[str, Any] = {
@@ -83,7 +86,7 @@ def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase) -> str:
         "validation_fraction": config.data.validation_fraction,
         "split_seed": config.seed if config.data.validation_fraction else None,
         "truncate": config.data.truncate,
-        "targets": config.objective.targets,
+        **objective.cache_key(),
         "sequence_length": config.batch.sequence_length,
         "packing": config.batch.packing,
     }
@@ -111,7 +114,9 @@ def _open(folder: Path, config: Config) -> TokenStore:
     return TokenStore(folder, sequence_length=config.batch.sequence_length, packing=config.batch.packing)
 
 
-def _build(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, show_progress: bool) -> None:
+def _build(
+    folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples, show_progress: bool
+) -> None:
     splits = {"train": read_records(config.data.train_sources)}
     if config.data.validation_sources:
         splits["validation"] = read_records(config.data.validation_sources)
@@ -122,7 +127,7 @@ def _build(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, sho
     reports: dict[str, SplitReport] = {}
     with _progress(show_progress, sum(map(len, splits.values()))) as advance:
         for name, records in splits.items():
-            builder = _SplitBuilder(config, Renderer(tokenizer))
+            builder = _SplitBuilder(config, tokenizer, objective)
             for start in range(0, len(records), CHUNK):
                 builder.add(records[start : start + CHUNK])
                 advance(min(CHUNK, len(records) - start))
@@ -149,15 +154,14 @@ def _progress(show: bool, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class _SplitBuilder:
-    """Collects the records of one split, and writes its store, questions and report."""
+    """Collects the examples of one split, and writes its store, questions and report."""
 
-    def __init__(self, config: Config, renderer: Renderer) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples) -> None:
         self.config = config
-        self.renderer = renderer
+        self.tokenizer = tokenizer
+        self.objective = objective
         self.sequence_length = config.batch.sequence_length
-        self.input_ids: list[np.ndarray] = []
-        self.weights: list[np.ndarray] = []
-        self.places: list[str] = []
+        self.examples: list[Example] = []
         self.questions: list[bytes] = []
         self.too_long: list[tuple[str, int]] = []
         self.num_rows = self.num_expanded = self.num_dropped = self.num_truncated = self.num_straddling = 0
@@ -165,54 +169,59 @@ class _SplitBuilder:
     def add(self, records: list[Record]) -> None:
         """Render, tokenise and truncate some records."""
         targets = self.config.objective.targets
-        for record, rendered in zip(records, self.renderer.render(records, targets), strict=True):
+        for record, examples in zip(records, self.objective.examples(records), strict=True):
             self.num_rows += 1
-            self.num_expanded += len(rendered) > 1
-            kept = [self._add(sequence) for sequence in rendered]
+            self.num_expanded += len(examples) > 1
+            kept = [self._add(example) for example in examples]
             if kept[-1]:
-                self._add_question(record, target_turns(record, targets)[-1], rendered[-1])
+                self._add_question(record, target_turns(record, targets)[-1], examples[-1])
 
-    def _add(self, rendered: Rendered) -> bool:
-        """Keep one training sequence unless it is too long. Returns whether it was kept."""
-        ids, weights = rendered.input_ids, rendered.weights
-        if len(ids) > self.sequence_length:
+    def _add(self, example: Example) -> bool:
+        """Keep one example unless it is too long. Returns whether it was kept."""
+        if len(example.input_ids) > self.sequence_length:
             if self.config.data.truncate is Truncate.error:
-                self.too_long.append((rendered.place, len(ids)))
+                self.too_long.append((example.place, len(example.input_ids)))
                 return False
             if self.config.data.truncate is Truncate.drop:
                 self.num_dropped += 1
                 return False
-            ids, weights = self._truncated(rendered)
+            example = self._truncated(example)
             self.num_truncated += 1
-        if not weights[1:].any():
-            raise DataError(f"{rendered.place}: no target token is left.", do="write a longer prompt or answer.")
-        self.num_straddling += rendered.is_straddled
-        self.input_ids.append(ids)
-        self.weights.append(weights)
-        self.places.append(rendered.place)
+        if not example.weights[1:].any():
+            raise DataError(f"{example.place}: no target token is left.", do="write a longer prompt or answer.")
+        self.num_straddling += example.is_straddled
+        self.examples.append(example)
         return True
 
-    def _truncated(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
+    def _truncated(self, example: Example) -> Example:
         """Without enough tokens from the left of the prompt to fit; a bos token stays, and so does one prompt token."""
-        ids, weights = rendered.input_ids, rendered.weights
-        first_target = int(np.flatnonzero(weights)[0])
-        num_bos = int(ids[0] == self.renderer.tokenizer.bos_token_id)
+        ids = example.input_ids
+        if len(example.part_starts) > 1:
+            raise DataError(
+                f"{example.place}: {len(ids)} tokens of {len(example.part_starts)} answers that are compared don't fit "
+                f"into sequence_length={self.sequence_length}, and are not cut.",
+                at="batch.sequence_length",
+                do="raise batch.sequence_length, or set data.truncate=drop.",
+            )
+        first_target = int(np.flatnonzero(example.weights)[0])
+        num_bos = int(ids[0] == self.tokenizer.bos_token_id)
         surplus = len(ids) - self.sequence_length
         if surplus > first_target - max(num_bos, 1):
             raise DataError(
-                f"{rendered.place}: the {len(ids) - first_target} tokens from its first answer on don't fit into "
+                f"{example.place}: the {len(ids) - first_target} tokens from its first answer on don't fit into "
                 f"sequence_length={self.sequence_length}, even without the prompt.",
                 at="batch.sequence_length",
                 do="raise batch.sequence_length, shorten the record, or set data.truncate=drop.",
             )
         keep = np.r_[0:num_bos, num_bos + surplus : len(ids)]
-        return ids[keep], weights[keep]
+        columns = {name: column[keep] for name, column in example.columns.items()}
+        return replace(example, input_ids=ids[keep], weights=example.weights[keep], columns=columns)
 
-    def _add_question(self, record: Record, index: int, rendered: Rendered) -> None:
-        surplus = max(0, len(rendered.input_ids) - self.sequence_length)
+    def _add_question(self, record: Record, index: int, example: Example) -> None:
+        surplus = max(0, len(example.input_ids) - self.sequence_length)
         num_prompt_tokens = None
         if surplus:
-            learned = rendered.weights != 0
+            learned = example.weights != 0
             last_start = int(np.flatnonzero(learned & ~np.r_[False, learned[:-1]])[-1])
             num_prompt_tokens = last_start - surplus
         if line := write_question(record, index, num_prompt_tokens):
@@ -222,16 +231,14 @@ class _SplitBuilder:
         """Pack and write what was added. Raises DataError when records were too long or none is left."""
         if self.too_long:
             raise self._too_long_error()
-        if not self.input_ids:
+        if not self.examples:
             raise DataError(
                 f"all {self.num_dropped} records were dropped: longer than sequence_length={self.sequence_length}.",
                 at="batch.sequence_length",
                 do="raise batch.sequence_length.",
             )
         packing = self.config.batch.packing
-        write_store(
-            folder, self.input_ids, self.weights, self.places, sequence_length=self.sequence_length, packing=packing
-        )
+        write_store(folder, self.examples, sequence_length=self.sequence_length, packing=packing)
         (folder / "questions.jsonl").write_bytes(b"".join(self.questions))
         store = _open(folder, self.config)
         return SplitReport(

@@ -1,17 +1,18 @@
-"""Token ids on disk -> micro batches.
+"""Token ids on disk -> batches.
 
-One split of the data is a folder of arrays. Records lie in the order they are packed in, so a sequence is one slice:
-    tokens.npy     [T] int32    ids of all records, end to end
-    weights.npy    [T] float32  of each token in the loss; 0: not learned, as every record's first token
-    records.npy    [R + 1] int64  where in the tokens each record starts
-    sequences.npy  [S + 1] int64  which record each sequence starts with
-    places.json    where each record came from
+One split of the data is a folder of arrays. Examples lie in the order they are packed in, so a sequence is one slice:
+    tokens.npy     [T] int32    ids of all examples, end to end
+    weights.npy    [T] float32  of each token in the loss; 0: not learned, as the first token of every part
+    records.npy    [R + 1] int64  where in the tokens each example starts
+    parts.npy      [P] int64    where in the tokens each part starts; only where some example has several
+    sequences.npy  [S + 1] int64  which example each sequence starts with
+    columns/       [T] arrays of what else the objective knows of each token
+    places.json    where each example came from
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
@@ -19,43 +20,63 @@ import torch
 from torch import Tensor
 
 from tunesmith.train.config.config import Packing
+from tunesmith.train.data.example import Example
 from tunesmith.train.data.packing import pack
 
 IGNORE_INDEX = -100
-WIDTH_MULTIPLE = 8  # unpacked micro batches are as wide as a multiple of this: tensor cores like it
+WIDTH_MULTIPLE = 8  # unpacked batches are as wide as a multiple of this: tensor cores like it
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """The tensors of one forward. Padding is on the right, so a causal model needs no attention mask."""
+class Batch:
+    """The tensors of one forward. Padding is on the right, so a causal model needs no attention mask.
 
-    input_ids: Tensor  # [B, S] int64
-    position_ids: Tensor  # [B, S] int64; packed: from 0 again at each record and at the padding; else 0..S - 1
-    labels: Tensor  # [B, S] int64: the next token of the same record, or IGNORE_INDEX
-    weights: Tensor  # [B, S] float32: of each label; 0 where it is ignored
+    inputs is what the model's forward gets by name: input_ids, [B, S] int64, and position_ids, [B, S] int64, from 0
+    again at each part and at the padding where sequences are packed, else 0..S - 1. columns holds what the objective
+    knows of each label, [B, S]: `weights`, float32, 0 where a label is ignored; and, where its examples have columns or
+    parts, those by name and `example`, int64: the number of the example in the batch, -1 for padding.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor  # [B, S] int64: the next token of the same part, or IGNORE_INDEX
+    columns: dict[str, Tensor]
     target_rows: Tensor  # [N] int64: flat indices b * S + s of the labels that count
-    cu_seqlens: Tensor  # [n + 1] int32: where position_ids restart in the flattened [B * S] tokens, and B * S
+    num_examples: int
     num_target_tokens: int  # labels that count
     target_weight: float  # sum of weights
     num_tokens: int  # tokens that are not padding
 
+    @property
+    def weights(self) -> Tensor:
+        return self.columns["weights"]
+
     def targets(self) -> tuple[Tensor, Tensor]:
         """Labels and weights of the rows that count: [N] int64 and [N] float32, in the order of target_rows."""
-        return self.labels.flatten()[self.target_rows], self.weights.flatten()[self.target_rows]
+        return self.labels.flatten()[self.target_rows], self.of_targets("weights")
 
-    def to(self, device: torch.device | str) -> "MicroBatch":
+    def of_targets(self, column: str) -> Tensor:
+        """A column's values of the labels that count, [N], in the order of target_rows."""
+        return self.columns[column].flatten()[self.target_rows]
+
+    def to(self, device: torch.device | str) -> "Batch":
         """The same on a device; to a GPU from pinned memory, without waiting for the copy."""
         to_cuda = torch.device(device).type == "cuda"
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                pinned = value.pin_memory() if to_cuda and value.device.type == "cpu" else value
-                values[name] = pinned.to(device, non_blocking=to_cuda)
-        return MicroBatch(**values)
+
+        def moved(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory() if to_cuda and tensor.device.type == "cpu" else tensor
+            return pinned.to(device, non_blocking=to_cuda)
+
+        return replace(
+            self,
+            inputs={name: moved(tensor) for name, tensor in self.inputs.items()},
+            labels=moved(self.labels),
+            columns={name: moved(tensor) for name, tensor in self.columns.items()},
+            target_rows=moved(self.target_rows),
+        )
 
 
 class TokenStore:
-    """One split: its records' tokens, memory-mapped, and the sequences they are packed into."""
+    """One split: its examples' tokens, memory-mapped, and the sequences they are packed into."""
 
     def __init__(self, folder: Path, *, sequence_length: int, packing: Packing) -> None:
         self.folder = folder
@@ -65,13 +86,18 @@ class TokenStore:
         self.weights = np.load(folder / "weights.npy", mmap_mode="r")
         self.record_starts = np.load(folder / "records.npy")
         self.sequences = np.load(folder / "sequences.npy")
+        self.columns = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("columns/*.npy"))}
+        has_parts = (folder / "parts.npy").exists()
+        self.part_starts = np.load(folder / "parts.npy") if has_parts else self.record_starts[:-1]
+        self.is_isolated = self.is_packed or has_parts  # a sequence holds tokens that must not see each other
         self.sequence_starts = self.record_starts[self.sequences]  # [S + 1], in tokens
         self.lengths = np.diff(self.sequence_starts)  # [S], tokens of each sequence
         self.num_records = len(self.record_starts) - 1
         self.num_sequences = len(self.sequences) - 1
         self.num_tokens = len(self.tokens)
         self.num_target_tokens = int(np.count_nonzero(self.weights))
-        self.max_length = int(np.diff(self.record_starts).max())  # tokens of the longest record
+        self.max_length = int(np.diff(self.record_starts).max())  # tokens of the longest example
+        self._tells_examples = has_parts or bool(self.columns)
 
     @property
     def fill(self) -> float:
@@ -79,47 +105,60 @@ class TokenStore:
         return self.num_tokens / (self.num_sequences * self.sequence_length)
 
     def places(self) -> list[str]:
-        """Where each record came from, file.jsonl:12."""
+        """Where each example came from, file.jsonl:12."""
         return orjson.loads((self.folder / "places.json").read_bytes())
 
     def record(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and weights of one record, [T] int32 and [T] float32."""
+        """Token ids and weights of one example, [T] int32 and [T] float32."""
         start, end = self.record_starts[index], self.record_starts[index + 1]
         return self.tokens[start:end], self.weights[start:end]
 
-    def micro_batch(self, sequence_ids: Sequence[int], *, pad_token_id: int) -> MicroBatch:
+    def batch(self, sequence_ids: Sequence[int], *, pad_token_id: int) -> Batch:
         """The tensors of some sequences; an id of -1 is an empty one: all padding, nothing learned.
 
         Packed sequences are sequence_length wide, others as wide as the longest, rounded up to a multiple of 8.
         """
-        width = self._width(sequence_ids)
-        shape = (len(sequence_ids), width)
+        shape = (len(sequence_ids), self._width(sequence_ids))
+        rows = [(row, self._slice(sequence_id)) for row, sequence_id in enumerate(sequence_ids) if sequence_id >= 0]
         input_ids = np.full(shape, pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        weights = np.zeros(shape, dtype=np.float32)
-        for row, sequence_id in enumerate(sequence_ids):
-            if sequence_id < 0:
-                continue
-            start, end = self.sequence_starts[sequence_id], self.sequence_starts[sequence_id + 1]
-            input_ids[row, : end - start] = self.tokens[start:end]
-            # A position's label is the token after it. A record's first token weighs 0: no record predicts another's.
-            weights[row, : end - start - 1] = self.weights[start + 1 : end]
-            labels[row, : end - start - 1] = self.tokens[start + 1 : end]
+        columns = {"weights": np.zeros(shape, dtype=np.float32)}
+        columns |= {name: np.zeros(shape, dtype=column.dtype) for name, column in self.columns.items()}
+        for row, tokens in rows:
+            size = tokens.stop - tokens.start
+            input_ids[row, :size] = self.tokens[tokens]
+            # A position's label is the token after it. A part's first token weighs 0: no part predicts another's.
+            label = slice(tokens.start + 1, tokens.stop)
+            labels[row, : size - 1] = self.tokens[label]
+            columns["weights"][row, : size - 1] = self.weights[label]
+            for name, column in self.columns.items():
+                columns[name][row, : size - 1] = column[label]
+        weights = columns["weights"]
         labels[weights == 0] = IGNORE_INDEX
-        starts = self._starts(sequence_ids, width)
-        positions = np.arange(labels.size) - np.repeat(starts[:-1], np.diff(starts))
+        if self._tells_examples:
+            columns["example"] = self._example_numbers(sequence_ids, shape)
         target_rows = np.flatnonzero(weights)
-        return MicroBatch(
-            input_ids=torch.from_numpy(input_ids),
-            position_ids=torch.from_numpy(positions.reshape(shape)),
+        return Batch(
+            inputs={
+                "input_ids": torch.from_numpy(input_ids),
+                "position_ids": torch.from_numpy(self._positions(rows, shape)),
+            },
             labels=torch.from_numpy(labels),
-            weights=torch.from_numpy(weights),
+            columns={name: torch.from_numpy(column) for name, column in columns.items()},
             target_rows=torch.from_numpy(target_rows),
-            cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+            num_examples=sum(int(self.sequences[i + 1] - self.sequences[i]) for i in sequence_ids if i >= 0),
             num_target_tokens=len(target_rows),
             target_weight=float(weights.sum(dtype=np.float64)),
             num_tokens=int(sum(self.lengths[sequence_id] for sequence_id in sequence_ids if sequence_id >= 0)),
         )
+
+    def places_of(self, sequence_ids: Sequence[int], places: list[str]) -> list[str]:
+        """Where the examples of some sequences came from, given places()."""
+        return [place for i in sequence_ids if i >= 0 for place in places[self.sequences[i] : self.sequences[i + 1]]]
+
+    def _slice(self, sequence_id: int) -> slice:
+        """A sequence's tokens."""
+        return slice(int(self.sequence_starts[sequence_id]), int(self.sequence_starts[sequence_id + 1]))
 
     def _width(self, sequence_ids: Sequence[int]) -> int:
         if self.is_packed:
@@ -127,48 +166,49 @@ class TokenStore:
         longest = max((int(self.lengths[sequence_id]) for sequence_id in sequence_ids if sequence_id >= 0), default=1)
         return min(-(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.sequence_length)
 
-    def _starts(self, sequence_ids: Sequence[int], width: int) -> np.ndarray:
-        """Flat positions at which position_ids restart, and the number of positions: [n + 1] int64."""
-        if not self.is_packed:
-            return np.arange(len(sequence_ids) + 1) * width
-        starts = []
+    def _positions(self, rows: list[tuple[int, slice]], shape: tuple[int, int]) -> np.ndarray:
+        """[B, S] int64: from 0 again at each part and where the padding starts, if tokens must not see each other."""
+        positions = np.tile(np.arange(shape[1]), (shape[0], 1))
+        if not self.is_isolated:
+            return positions
+        for row, tokens in rows:
+            first, last = np.searchsorted(self.part_starts, (tokens.start, tokens.stop))
+            starts = np.append(self.part_starts[first:last] - tokens.start, tokens.stop - tokens.start)
+            sizes = np.diff(np.append(starts, shape[1]))
+            positions[row] -= np.repeat(starts, sizes)
+        return positions
+
+    def _example_numbers(self, sequence_ids: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
+        """[B, S] int64: which example of the batch each token is of; -1 for padding."""
+        numbers, first = np.full(shape, -1, dtype=np.int64), 0
         for row, sequence_id in enumerate(sequence_ids):
-            if sequence_id < 0:
-                starts.append(np.array([row * width]))
-                continue
-            first, last = self.sequences[sequence_id], self.sequences[sequence_id + 1]
-            ends = row * width + self.record_starts[first : last + 1] - self.record_starts[first]
-            starts.append(ends if ends[-1] < (row + 1) * width else ends[:-1])  # the last one starts the padding
-        return np.append(np.concatenate(starts), len(sequence_ids) * width)
+            if sequence_id >= 0:
+                begin, end = self.sequences[sequence_id], self.sequences[sequence_id + 1]
+                sizes = np.diff(self.record_starts[begin : end + 1])
+                numbers[row, : sizes.sum()] = np.repeat(np.arange(first, first + len(sizes)), sizes)
+                first += len(sizes)
+        return numbers
 
 
-def write_store(
-    folder: Path,
-    input_ids: list[np.ndarray],
-    weights: list[np.ndarray],
-    places: list[str],
-    *,
-    sequence_length: int,
-    packing: Packing,
-) -> None:
-    """Pack records and write them as a folder that TokenStore opens.
-
-    Args:
-        input_ids: of each record, [T] int32, T from 2 to sequence_length.
-        weights: of each token in the loss, [T] float32.
-    """
-    lengths = np.array([len(ids) for ids in input_ids], dtype=np.int64)
-    if packing is Packing.best_fit:
-        bins = pack(lengths, sequence_length)
-    else:
-        bins = [[index] for index in range(len(input_ids))]
-    order = [index for members in bins for index in members]
-    record_starts = np.concatenate([[0], np.cumsum(lengths[order])])
-    all_weights = np.concatenate([weights[index] for index in order]).astype(np.float32)
-    all_weights[record_starts[:-1]] = 0  # nothing comes before a record's first token, so nothing predicts it
+def write_store(folder: Path, examples: list[Example], *, sequence_length: int, packing: Packing) -> None:
+    """Pack examples, each of 2 to sequence_length tokens, and write them as a folder that TokenStore opens."""
+    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    bins = pack(lengths, sequence_length) if packing is Packing.best_fit else [[i] for i in range(len(examples))]
+    ordered = [examples[index] for members in bins for index in members]
+    record_starts = np.concatenate([[0], np.cumsum([len(example.input_ids) for example in ordered])])
+    part_starts = np.concatenate(
+        [start + np.array(example.part_starts) for start, example in zip(record_starts, ordered, strict=False)]
+    )
+    weights = np.concatenate([example.weights for example in ordered]).astype(np.float32)
+    weights[part_starts] = 0  # nothing comes before a part's first token, so nothing predicts it
     folder.mkdir(parents=True)
-    np.save(folder / "tokens.npy", np.concatenate([input_ids[index] for index in order]).astype(np.int32))
-    np.save(folder / "weights.npy", all_weights)
+    np.save(folder / "tokens.npy", np.concatenate([example.input_ids for example in ordered]).astype(np.int32))
+    np.save(folder / "weights.npy", weights)
     np.save(folder / "records.npy", record_starts)
     np.save(folder / "sequences.npy", np.concatenate([[0], np.cumsum([len(members) for members in bins])]))
-    (folder / "places.json").write_bytes(orjson.dumps([places[index] for index in order]))
+    if len(part_starts) > len(ordered):
+        np.save(folder / "parts.npy", part_starts)
+    for name in ordered[0].columns:
+        (folder / "columns").mkdir(exist_ok=True)
+        np.save(folder / "columns" / f"{name}.npy", np.concatenate([example.columns[name] for example in ordered]))
+    (folder / "places.json").write_bytes(orjson.dumps([example.place for example in ordered]))

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from tunesmith.kernels.linear_cross_entropy import TokenStats, linear_cross_entropy
-from tunesmith.train.data.store import MicroBatch
+from tunesmith.train.data.store import Batch
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.ranks.distributed import all_ranks
 from tunesmith.train.zero.sharding import full_shape
@@ -75,10 +75,10 @@ class UnknownHead(Exception):
 
 
 @dataclass
-class Found:
+class HeadResult:
     """What a forward of LossInHead left behind."""
 
-    loss: torch.Tensor | None = None  # weighted sum over the targets, float32
+    loss: torch.Tensor | None = None  # weighted sum over the targets, or the loss of each token [B * S]; float32
     stats: TokenStats | None = None  # of every token of the batch, [B * S]
 
 
@@ -95,57 +95,66 @@ class LossInHead:
         self._head = output_head(model)
         self._tail = tail
         self._backend = backend
-        self._batch: MicroBatch | None = None
+        self._batch: Batch | None = None
         self._divisor: torch.Tensor | float = 1.0
         self._return_stats = False
-        self._found = Found()
+        self._reduction = "sum"
+        self._result = HeadResult()
         model.register_forward_hook(self._loss_for_outputs, prepend=True)  # before DeepSpeed's look at the output
 
     @contextmanager
     def computing(
-        self, batch: MicroBatch, *, divisor: torch.Tensor | float = 1.0, return_stats: bool = False
-    ) -> Iterator[Found]:
-        """Inside, one forward of the batch returns the weighted sum of the losses of its targets, over the divisor.
+        self,
+        batch: Batch,
+        *,
+        divisor: torch.Tensor | float = 1.0,
+        return_stats: bool = False,
+        reduction: str = "sum",
+    ) -> Iterator[HeadResult]:
+        """Inside, one forward of the batch returns the weighted sum of the losses of its targets, over the divisor; or
+        with reduction="none" the loss of each token, [B * S], unweighted, 0 where it is no target.
 
         The divisor goes into the weights: the gradients are rounded to 16 bits in the forward, and dividing them in the
         backward would round them once more (1.4 times the error, measured on the CPU).
         """
-        self._batch, self._divisor, self._return_stats, self._found = batch, divisor, return_stats, Found()
+        self._batch, self._result = batch, HeadResult()
+        self._divisor, self._return_stats, self._reduction = divisor, return_stats, reduction
         try:
             with replaced_forward(self._head, self._forward):
-                yield self._found
+                yield self._result
         finally:
-            self._batch, self._found = None, Found()
+            self._batch, self._result = None, HeadResult()
 
     def _forward(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         batch, head = self._batch, self._head
         assert batch is not None
-        assert self._found.loss is None, "a head that is called twice in one forward is not known"
+        assert self._result.loss is None, "a head that is called twice in one forward is not known"
         result = linear_cross_entropy(
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1]).contiguous(),
             head.weight,
             batch.labels.flatten(),
             bias_V=head.bias,
-            weights_T=batch.weights.flatten() / self._divisor,
+            weights_T=batch.weights.flatten() / self._divisor if self._reduction == "sum" else None,
             rows_N=batch.target_rows,
             logit_softcap=self._tail.softcap,
             logit_scale=self._tail.scale,
+            reduction=self._reduction,
             return_stats=self._return_stats,
             backend=self._backend,
         )
-        loss, self._found.stats = result if self._return_stats else (result, None)
-        self._found.loss = loss
+        loss, self._result.stats = result if self._return_stats else (result, None)
+        self._result.loss = loss
         # Under ZeRO 3 a gradient can only be kept while its weight is whole: a backward through the output of the
         # module makes DeepSpeed gather it first.
         is_learned = any(parameter.requires_grad for parameter in head.parameters())
-        carrier = loss if is_learned else loss.detach()
+        carrier = loss.sum() if is_learned else loss.detach().sum()
         return carrier.to(hidden_BSD.dtype, copy=True).reshape(1, 1, 1)[..., :0]
 
     def _loss_for_outputs(self, module: nn.Module, args: Any, outputs: Any) -> torch.Tensor | None:
         if self._batch is None:
             return None
-        assert self._found.loss is not None
-        return self._found.loss + outputs[0].sum()  # a sum over nothing, which leads the backward through the head
+        assert self._result.loss is not None
+        return self._result.loss + outputs[0].sum()  # a sum over nothing, which leads the backward through the head
 
 
 def loss_in_head(

@@ -18,9 +18,15 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.stop import rank_in_environment
+
+if TYPE_CHECKING:
+    import torch
 
 VARIABLE = "TUNESMITH_FAULTS"
 RESTART = "TUNESMITH_RESTART"
@@ -42,7 +48,7 @@ KINDS = (
     "flip",
 )
 FILE_KINDS = ("kill_at_file", "full_disk", "list_files")
-NOT_BY_PHASE = ("nan", "inf", "spike", "flip", *FILE_KINDS)
+NOT_BY_PHASE = ("nan", "inf", "spike", *FILE_KINDS)
 LOSS_FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 50.0}
 SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "int": "SIGINT", "usr1": "SIGUSR1"}
 
@@ -55,7 +61,7 @@ class Fault:
     rank: int | None = None
     step: int | None = None
     last_step: int | None = None
-    phase: str | None = None
+    phase: Phase | None = None
     seconds: float = 3600.0
     restart: int = 0
     save: int | None = None
@@ -63,7 +69,7 @@ class Fault:
     into: str = ""
     struck: bool = False
 
-    def strikes(self, rank: int, step: int, phase: str) -> bool:
+    def strikes(self, rank: int, step: int, phase: Phase) -> bool:
         repeats = self.last_step is not None
         return (
             (repeats or not self.struck)
@@ -82,11 +88,12 @@ class Fault:
 
 
 class FaultPlan:
-    """The faults of this process."""
+    """The faults of this process. `weights` gives what a bit is flipped in (run/planned_faults.py)."""
 
     def __init__(self, faults: list[Fault], rank: int) -> None:
         self.faults = faults
         self.rank = rank
+        self.weights: Callable[[], torch.Tensor | None] | None = None
         self._num_saves = 0
         self._num_operations = 0
         self._saving = False
@@ -101,12 +108,17 @@ class FaultPlan:
         faults = [parse(part) for part in text.split(";") if part.strip()]
         return cls([fault for fault in faults if fault.restart == restart], rank_in_environment())
 
-    def strike(self, step: int, phase: str) -> None:
-        """What is planned for this place, other than spoiled losses."""
+    def strike(self, step: int, phase: Phase) -> None:
+        """What is planned for this place, but for losses, which loss_factor() spoils."""
         for fault in self.faults:
-            if fault.kind not in NOT_BY_PHASE and fault.strikes(self.rank, step, phase):
+            if fault.kind in NOT_BY_PHASE or not fault.strikes(self.rank, step, phase):
+                continue
+            if fault.kind != "flip":
                 fault.struck = True
                 act(fault)
+            elif phase is Phase.update and self.weights is not None:
+                fault.struck = True
+                flip_a_bit(self.weights())
 
     def save_begins(self) -> None:
         self._num_saves, self._num_operations, self._saving = self._num_saves + 1, 0, True
@@ -134,7 +146,7 @@ class FaultPlan:
     def flips_a_weight(self, step: int) -> bool:
         """Whether a bit of this rank's weights is to change by itself, as a bad memory would."""
         for fault in self.faults:
-            if fault.kind == "flip" and fault.strikes(self.rank, step, "update"):
+            if fault.kind == "flip" and fault.strikes(self.rank, step, Phase.update):
                 fault.struck = True
                 return True
         return False
@@ -142,7 +154,7 @@ class FaultPlan:
     def loss_factor(self, step: int) -> float:
         """What the loss of this rank's next forward is multiplied by."""
         for fault in self.faults:
-            if fault.kind in LOSS_FACTORS and fault.strikes(self.rank, step, "forward"):
+            if fault.kind in LOSS_FACTORS and fault.strikes(self.rank, step, Phase.forward):
                 fault.struck = True
                 return LOSS_FACTORS[fault.kind]
         return 1.0
@@ -158,9 +170,28 @@ def parse(text: str) -> Fault:
         name, _, value = pair.strip().partition("=")
         if name not in ("rank", "step", "last_step", "phase", "seconds", "restart", "save", "operation", "into"):
             raise ValueError(f"{VARIABLE}: a fault has no {name!r}.")
-        number = float if name == "seconds" else int
-        setattr(fault, name, value if name in ("phase", "into") else number(value))
+        setattr(fault, name, READ.get(name, int)(value))
     return fault
+
+
+def phase_named(words: str) -> Phase:
+    """Raises ValueError where there is no such phase."""
+    for phase in Phase:
+        if phase == words:
+            return phase
+    raise ValueError(f"{VARIABLE}: there is no phase {words!r}; there are {', '.join(Phase)}.")
+
+
+READ: dict[str, Callable[[str], object]] = {"phase": phase_named, "into": str, "seconds": float}
+
+
+def flip_a_bit(weight: "torch.Tensor | None") -> None:
+    """The lowest bit of the first element, as a bad memory would. None: this rank holds nothing of the weight."""
+    if weight is not None:
+        import torch
+
+        bits = {2: torch.int16, 4: torch.int32}[weight.element_size()]
+        weight.detach().view(-1)[:1].view(bits).bitwise_xor_(1)
 
 
 def act(fault: Fault) -> None:

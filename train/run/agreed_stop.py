@@ -2,23 +2,25 @@
 
 from tunesmith.train.errors import Stopped
 from tunesmith.train.ranks import distributed
+from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import progress
 from tunesmith.train.ranks.stop import ELSEWHERE, STARTED, stop_request
 from tunesmith.train.ranks.time_limit import TimeLimit, assumed_save_seconds
-from tunesmith.train.run.setup import Run, checkpoint_bytes
+from tunesmith.train.run.setup import Run, Session, checkpoint_bytes
 
-STEP_PHASES = ("reading data", "meeting at a step", "forward", "backward", "update")
+STEP_PHASES = (Phase.reading_data, Phase.meeting_at_step, Phase.forward, Phase.backward, Phase.update)
 
 
 class AgreedStop:
     """Of one run: what this rank says when the ranks ask each other, and the time that rank 0 watches for all."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, session: Session) -> None:
         self._run = run
+        self._state = session.state
         self.limit = TimeLimit(
             run.config.cluster.time_limit_minutes,
             started=STARTED,
-            save_seconds=assumed_save_seconds(checkpoint_bytes(run.size, run.config)),
+            save_seconds=assumed_save_seconds(checkpoint_bytes(session.size, run.config)),
         )
 
     def begin(self) -> None:
@@ -27,7 +29,7 @@ class AgreedStop:
             return
         distributed.barrier()  # a rank that is asked before this ends at once: no other one may have gone on
         stop_request.defer(_plan)
-        if not distributed.all_ranks(not self._time_is_over(), self._run.engine.device):
+        if not distributed.all_ranks(not self._time_is_over(), self._run.device):
             raise self.limit.too_short()
 
     def asked(self, *, another_step: bool = False, evaluation_due: bool = False) -> bool:
@@ -38,11 +40,11 @@ class AgreedStop:
 
     def end_if_asked(self) -> None:
         """Raises Stopped on all ranks when one of them was asked. Every rank calls it."""
-        if not distributed.all_ranks(not self.asked(), self._run.engine.device):
+        if not distributed.all_ranks(not self.asked(), self._run.device):
             raise self.stopped()
 
     def stopped(self) -> Stopped:
-        return Stopped(stop_request.reason or ELSEWHERE, self._run.state.step)
+        return Stopped(stop_request.reason or ELSEWHERE, self._state.step)
 
     def _time_is_over(self, **ahead: bool) -> bool:
         """Rank 0's clock counts for all."""

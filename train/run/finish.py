@@ -9,29 +9,29 @@ from tunesmith.train.answer.generate import answers
 from tunesmith.train.checkpoint import conversion
 from tunesmith.train.data.render import stop_token_ids
 from tunesmith.train.data.template import visible_answer
+from tunesmith.train.engine import Engine
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files import run_folder
 from tunesmith.train.files.fence import fence
-from tunesmith.train.files.run_folder import best_folder
 from tunesmith.train.ranks import distributed
+from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import reach
-from tunesmith.train.run.loop import Loop
-from tunesmith.train.run.setup import Run
+from tunesmith.train.run import best
+from tunesmith.train.run.agreed_stop import AgreedStop
+from tunesmith.train.run.setup import Run, Session
 from tunesmith.train.run.summary import end_rows, summarise
 from tunesmith.train.track.report import write_report
 from tunesmith.train.track.track import Sample
 
 
-def finish(loop: Loop) -> dict[str, Any]:
+def finish(run: Run, session: Session, stop: AgreedStop) -> dict[str, Any]:
     """Every rank calls it. Returns the summary; raises TrainingError when the saved model is not the live one."""
-    run = loop.run
-    folder, evaluation = _bring_back_best(loop)
-    figures = _answer_questions(loop)
-    run.reporter.phase("opening the saved model again")
-    reach("opening the saved model again")
-    proof = _prove(run, folder)
-    reach("finishing")
-    summary = summarise(run, evaluation=evaluation | figures, proof=proof)
+    folder, evaluation = best.bring_back(run, session, stop)
+    figures = _answer_questions(run, session, stop)
+    run.reporter.phase(Phase.opening_model)
+    proof = _prove(run, session.engine, folder)
+    reach(Phase.finishing)
+    summary = summarise(run, session, evaluation=evaluation | figures, proof=proof)
     run.reporter.finish(summary)
     if run.world.rank == 0:
         fence.check()
@@ -44,57 +44,43 @@ def finish(loop: Loop) -> dict[str, Any]:
     return summary
 
 
-def _bring_back_best(loop: Loop) -> tuple[Path, dict[str, float]]:
-    """The folder of the best weights and their eval figures; the live model holds the same weights afterwards."""
-    run, state = loop.run, loop.run.state
-    if state.best_step is None:
-        return loop.write_model(), state.evaluation
-    folder = best_folder(run.run_dir, state.best_step)
-    if state.best_step == state.step:
-        return folder, state.evaluation
-    reach("bringing back the best weights")
-    export.restore(run.engine, run.config, folder)
-    return folder, loop.measure()
-
-
-def _answered(loop: Loop, done: int, total: int) -> None:
-    loop.run.reporter.phase(f"generating answers {done}/{total}")
-    reach("generating answers")
-    loop.end_if_asked()
-
-
-def _answer_questions(loop: Loop) -> dict[str, float]:
-    run, settings = loop.run, loop.run.config.evaluate
+def _answer_questions(run: Run, session: Session, stop: AgreedStop) -> dict[str, float]:
+    settings, step = run.config.evaluate, session.state.step
     questions = run.data.questions[: settings.max_records]
     if not settings.generate or not questions:
         return {}
-    reach("generating answers", run.state.step)
+
+    def answered(done: int, total: int) -> None:
+        run.reporter.phase(Phase.generating, words=f"generating answers {done}/{total}")
+        stop.end_if_asked()
+
+    reach(Phase.generating, step)
     found = answers(
-        run.engine.module,
+        session.engine.module,
         questions,
         world=run.world,
-        device=run.engine.device,
+        device=run.device,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
         stop_ids=stop_token_ids(run.tokenizer),
         pad_token_id=run.tokenizer.pad_token_id,
-        progress=lambda done, total: _answered(loop, done, total),
+        progress=answered,
     )
     texts = [visible_answer(run.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
     expected = [question.answer for question in questions]
     figures = answer_metrics(texts, expected)
-    run.reporter.evaluation(run.state.step, figures)
+    run.reporter.evaluation(step, figures)
     rows = [
         Sample(question.messages[-1]["content"], question.answer, text, same_answer(text, question.answer))
         for question, text in zip(questions, texts, strict=True)
     ]
-    run.reporter.samples(run.state.step, rows[: settings.num_samples])
+    run.reporter.samples(step, rows[: settings.num_samples])
     return figures
 
 
-def _prove(run: Run, folder: Path) -> str:
+def _prove(run: Run, engine: Engine, folder: Path) -> str:
     """Rank 0 opens the written model and compares; every rank hears of a difference."""
-    probe_ids, logits_TV = export.probe(run.engine)
+    probe_ids, logits_TV = export.probe(engine)
     problem: Exception | None = None
     proof = ""
     if run.world.rank == 0:
@@ -110,6 +96,6 @@ def _prove(run: Run, folder: Path) -> str:
             problem.__cause__ = error
         except Exception as error:
             problem = error
-    if not distributed.all_ranks(problem is None, run.engine.device):
+    if not distributed.all_ranks(problem is None, run.device):
         raise problem or TrainingError("rank 0 could not prove the saved model.")
     return proof

@@ -7,25 +7,25 @@ from typing import Any
 
 from tunesmith.train.config.config import AdapterKind, Packing
 from tunesmith.train.files import run_folder
-from tunesmith.train.run.setup import Run
+from tunesmith.train.run.setup import Run, Session
 
 
-def start_rows(run: Run) -> list[tuple[str, str]]:
+def start_rows(run: Run, session: Session) -> list[tuple[str, str]]:
     """What is shown before the first step."""
-    config, size, report = run.config, run.size, run.data.report
+    config, size, report = run.config, session.size, run.data.report
     share = f"{size.trainable / size.parameters:.2%}"
     rows = [
         ("model", f"{config.model.name_or_path}, {millions(size.parameters)} parameters, {config.engine.precision}"),
         ("trained", f"{millions(size.trainable)} parameters ({share}), {_adapter_words(run)}"),
         *[("data" if number == 0 else "", line) for number, line in enumerate(report.lines())],
         ("batch", batch_words(run)),
-        ("steps", f"{run.total_steps} = {run.order.epoch_at(run.total_steps):.2f} epochs"),
+        ("steps", f"{run.feed.total_steps} = {run.feed.epoch_at(run.feed.total_steps):.2f} epochs"),
         ("learning rate", f"{config.optimizer.learning_rate:g}, {schedule_words(run)}"),
-        ("engine", f"{_engine_words(run)} on {run.world.world_size} {run.engine.device.type} rank(s)"),
+        ("engine", f"{_engine_words(run)} on {run.world.world_size} {run.device.type} rank(s)"),
         ("folder", str(run.run_dir)),
     ]
-    if run.resumed_from:
-        rows.append(("resumed", f"from {run.resumed_from}, step {run.state.step}"))
+    if session.resumed_from:
+        rows.append(("resumed", f"from {session.resumed_from}, step {session.state.step}"))
     return rows
 
 
@@ -49,7 +49,7 @@ def batch_words(run: Run) -> str:
 
 def schedule_words(run: Run) -> str:
     """The schedule, and the learning rate it gives at the start, in the middle and at the end."""
-    schedule, top, last = run.config.schedule, run.config.optimizer.learning_rate, run.total_steps - 1
+    schedule, top, last = run.config.schedule, run.config.optimizer.learning_rate, run.feed.total_steps - 1
     points = ", ".join(
         f"{top * run.learning_rate_factor(step):.2g} at {step + 1}" for step in sorted({0, last // 2, last})
     )
@@ -70,28 +70,28 @@ def millions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def summarise(run: Run, *, evaluation: dict[str, float], proof: str) -> dict[str, Any]:
+def summarise(run: Run, session: Session, *, evaluation: dict[str, float], proof: str) -> dict[str, Any]:
     """The content of summary.json."""
-    state = run.state
+    state, metric = session.state, run.config.evaluate.metric
     return {
         "status": "finished",
         "name": run.config.name,
         "steps": state.step,
-        "epochs": run.order.epoch_at(state.step),
+        "epochs": run.feed.epoch_at(state.step),
         "train_loss": state.train_loss,
         "eval": {name.removeprefix("eval/"): value for name, value in evaluation.items()},
-        "best": {"step": state.best_step, "eval_loss": state.best_eval_loss},
+        "best": {"step": state.best_step, metric.replace("/", "_"): state.best_metric},
         "skipped_steps": state.skipped_steps,
         "tokens_seen": state.tokens_seen,
         "seconds": state.train_seconds,
         "tokens_per_second": state.tokens_seen / state.train_seconds if state.train_seconds else None,
-        "mfu": run.throughput.run_mfu,
+        "mfu": session.throughput.run_mfu,
         "peak_memory_gib": run.reporter.peak_memory_gib,
         "world_size": run.world.world_size,
         "model": {
             "name_or_path": run.config.model.name_or_path,
-            "parameters": run.size.parameters,
-            "trainable": run.size.trainable,
+            "parameters": session.size.parameters,
+            "trainable": session.size.trainable,
             "saved": proof,
         },
         "data": run.data.report.as_dict(),

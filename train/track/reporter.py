@@ -1,4 +1,4 @@
-"""What rank 0 tells: the screen, the tracker and the run's files. On other ranks every call does nothing."""
+"""What rank 0 tells: the screen, the tracker and the run's files. On other ranks only phase() does anything."""
 
 import resource
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch
 from rich.console import RenderableType
 
 from tunesmith.train.config.config import Config
+from tunesmith.train.ranks.phases import Phase
+from tunesmith.train.ranks.progress import reach
 from tunesmith.train.ranks.state import RunState, Step
 from tunesmith.train.track.console import Console
 from tunesmith.train.track.metrics import Throughput
@@ -74,6 +76,7 @@ class Reporter:
             "throughput/step_seconds": step_seconds,
             "throughput/data_seconds": data_seconds,
             "memory/peak_memory_gib": self.peak_memory_gib,
+            **{f"train/{name}": value for name, value in step.metrics.items()},
             **self.throughput.metrics(),
         }
         if state.step % self._every_steps == 0 or state.step == self._total_steps:
@@ -95,9 +98,11 @@ class Reporter:
             metrics = {"checkpoint/save_seconds": save_seconds, "checkpoint/stall_seconds": stall_seconds}
             self._tracker.log(step, metrics)
 
-    def phase(self, text: str) -> None:
+    def phase(self, phase: Phase, step: int | None = None, *, words: str = "") -> None:
+        """Every rank reaches the phase, and rank 0 shows it: in other words where some are given."""
+        reach(phase, step)
         if self.console is not None:
-            self.console.phase(text)
+            self.console.phase(words or phase)
 
     def note(self, text: RenderableType) -> None:
         if self.console is not None:

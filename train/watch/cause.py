@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.train.errors import TunesmithError
+from tunesmith.train.ranks.phases import TimeoutKind
 from tunesmith.train.watch.rank_status import Slot
-from tunesmith.train.watch.timeouts import KEYS, TimeoutKind
+from tunesmith.train.watch.timeouts import KEYS
 
 BEAT_IS_STALE = 3.0  # seconds without a heartbeat, which comes several times a second
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tunesmith.train.config.config import ClusterKind, Config
 from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.ranks.distributed import World
+from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import reach
 from tunesmith.train.ranks.rendezvous import interruptible
 from tunesmith.train.redact import redact
@@ -63,7 +64,7 @@ def check_nodes(
     """
     if world.num_nodes < 2 or not config.cluster.preflight:
         return []
-    reach("checking the nodes")
+    reach(Phase.checking_nodes)
     names, sick = interruptible(lambda: _exchange(config, resolved, world, store, run_dir))
     if sick:
         _write_down(sick, world)

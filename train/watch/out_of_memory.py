@@ -9,6 +9,7 @@ import torch
 from tunesmith.train.config.config import AdapterKind, Config, Kernels, Offload
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.ranks.distributed import World
+from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import progress
 
 NUM_REMEDIES = 3
@@ -54,11 +55,11 @@ def host_peak() -> str:
     return f"peak {peak:.1f} GiB of {total / 2**30:.1f} GiB on this host, which {os.cpu_count()} CPUs share"
 
 
-def remedies(config: Config, world: World, *, phase: str, on_gpu: bool) -> list[str]:
+def remedies(config: Config, world: World, *, phase: Phase, on_gpu: bool) -> list[str]:
     """Settings that would help, the likeliest first; those already in use are left out."""
     on_device = on_gpu or not torch.cuda.is_available()  # the model lives in the memory that ran out
     found: list[str] = []
-    if phase.startswith(("evaluating", "generating")) and config.evaluate.batch_size > 1:
+    if phase in (Phase.evaluating, Phase.generating) and config.evaluate.batch_size > 1:
         found.append(f"evaluate.batch_size={config.evaluate.batch_size // 2}")
     if not on_device:
         return found + _for_host_beside_gpu(config, world)

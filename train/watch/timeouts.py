@@ -1,20 +1,11 @@
 """How long a rank may stand still before it counts as hanging, by what it is doing."""
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 from tunesmith.train.config.config import ClusterConfig
+from tunesmith.train.ranks.phases import Phase, TimeoutKind
 
-# How phases begin that write or read whole models, or get ready.
-SAVING = ("saving", "writing", "committing", "publishing", "opening the saved model", "bringing back")
-STARTING = ("starting", "looking for", "converting", "loading", "making the engine", "taking up")
 SPARE_SECONDS = 60.0  # of the process group's own timeout: the watchdog is first, and says more
-
-
-class TimeoutKind(IntEnum):
-    start = 0
-    step = 1
-    save = 2
 
 
 KEYS = {
@@ -36,14 +27,12 @@ class Timeouts:
     def of(cls, cluster: ClusterConfig) -> "Timeouts":
         return cls(60 * cluster.start_timeout_minutes, 60 * cluster.timeout_minutes, 60 * cluster.save_timeout_minutes)
 
-    def kind(self, phase: str, *, started: bool) -> TimeoutKind:
+    def kind(self, phase: Phase, *, started: bool) -> TimeoutKind:
         """The kind of a phase; `started` is True once this process has done an optimizer step.
 
-        Kernels are compiled and caches filled in the first one.
+        Kernels are compiled and caches filled in the first one, which may take as long as a start.
         """
-        if phase.startswith(SAVING):
-            return TimeoutKind.save
-        return TimeoutKind.step if started and not phase.startswith(STARTING) else TimeoutKind.start
+        return TimeoutKind.start if phase.kind is TimeoutKind.step and not started else phase.kind
 
     def seconds(self, kind: TimeoutKind) -> float:
         if kind is TimeoutKind.step:

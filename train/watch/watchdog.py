@@ -21,6 +21,7 @@ import torch.distributed as dist
 from tunesmith.train.errors import EXIT_STOPPED, TunesmithError
 from tunesmith.train.files.fence import Superseded
 from tunesmith.train.ranks.distributed import World, barrier, num_collectives
+from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import Progress, progress
 from tunesmith.train.ranks.stop import end
 from tunesmith.train.watch import cause as causes
@@ -195,7 +196,7 @@ class Watchdog:
     def _reached(self, now: Progress) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # a thread that writes in the background does not say where the rank is
-        if now.phase == "reading data" and self._first_step is None:
+        if now.phase is Phase.reading_data and self._first_step is None:
             self._first_step = now.step
         started = self._first_step is not None and now.step > self._first_step
         kind = self._timeouts.kind(now.phase, started=started)

@@ -5,7 +5,7 @@
 <new folder>/
     index.json              parameters in their optimizer groups, with shape, file and number of updates; loss scale;
                             counters; a digest of every file
-    00000.safetensors ...   weights, exp_avg, exp_avg_sq of one parameter, fp32
+    00000.safetensors ...   `weights` of one parameter and what its optimizer keeps beside them (exp_avg, ...), fp32
     buffers.safetensors     persistent buffers, where the model has some
 
 It does not import DeepSpeed, holds one parameter at a time, reads shards through a list of allowed types, and is
@@ -31,13 +31,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tunesmith.train.files.durable import digest_of, replace, sync_file, write_json
+from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import plan_faults, reach
 
 FORMAT = 1
 INDEX = "index.json"
 BUFFERS = "buffers.safetensors"
 LOCK = "lock"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SPARE_BYTES = 64 * 2**20
 SHARD_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 
@@ -182,13 +182,14 @@ def first_model_file(folder: Path) -> Path:
 def _by_key(masters: list[Tensor], states: list[dict[str, Any]]) -> Iterator[tuple[str, list[Tensor]]]:
     """The flat tensors of all ranks, by what they hold."""
     yield "weights", [flat.detach() for flat in masters]
-    if all(key in state for key in MOMENTS for state in states):
-        for key in MOMENTS:
+    for key in _moments(states[0]):
+        if all(key in state for state in states):
             yield key, [state[key] for state in states]
 
 
 def _moments(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {key: state[key].reshape(-1) for key in MOMENTS} if all(key in state for key in MOMENTS) else {}
+    """What an optimizer keeps of each weight: every tensor of its state that is no single number."""
+    return {key: value.reshape(-1) for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
 
 
 def _updates(state: dict[str, Any]) -> float | None:
@@ -240,7 +241,7 @@ def _write(shards: Shards, folder: Path) -> dict[str, Any]:
     """Every file but the index, which it returns."""
     parameters, digests, parent = dict[str, Any](), dict[str, str](), os.getppid()
     for number, parameter in enumerate(shards.parameters()):
-        reach(f"converting parameter {number}")
+        reach(Phase.converting, number)
         if os.getppid() != parent:
             raise ValueError("the run that asked for it has ended")
         _check_whole(parameter)

@@ -5,8 +5,9 @@ the weights of the forward up to date from the fp32 ones.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tunesmith.train.config.config import Config, Precision
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.zero.deepspeed_config import zero_stage
-from tunesmith.train.zero.shards import BUFFERS, INDEX, MOMENTS
+from tunesmith.train.zero.shards import BUFFERS, INDEX
 
 
 def layout(config: Config, world_size: int) -> dict[str, object]:
@@ -46,6 +47,15 @@ class WholeState:
         self.parameters: dict[str, dict[str, Any]] = index["parameters"]
         self.loss_scale: dict[str, Any] = index["loss_scale"]
         self.counters: dict[str, int] = index["counters"]
+
+    @cached_property
+    def moments(self) -> list[str]:
+        """What the optimizer keeps of each weight, by name; none before the first update."""
+        updated = [found["file"] for found in self.parameters.values() if found["updates"] is not None]
+        if not updated:
+            return []
+        with safe_open(self.folder / updated[0], framework="pt") as file:
+            return sorted(set(file.keys()) - {"weights"})
 
     def part(self, name: str, key: str, start: int, numel: int) -> Tensor | None:
         """Numbers start to start + numel of a parameter's weights or moment; None for a moment it has not yet."""
@@ -84,8 +94,14 @@ class Part:
     fragments: list[Fragment]
 
 
-def load(engine: Any, folder: Path, group_names: list[list[str]]) -> None:
-    """Into a new DeepSpeed engine. Every rank calls it; raises TrainingError where the checkpoint does not fit."""
+StateOf = Callable[[Any, Tensor, float, dict[str, Tensor]], dict[str, Any]]
+
+
+def load(engine: Any, folder: Path, group_names: list[list[str]], state_of: StateOf) -> None:
+    """Into a new DeepSpeed engine. Every rank calls it; raises TrainingError where the checkpoint does not fit.
+
+    state_of: (optimizer, weights, updates, moments) -> what the optimizer keeps of weights that were updated so often.
+    """
     whole = WholeState(folder)
     _check_names(whole, group_names, folder)
     optimizer, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
@@ -100,7 +116,7 @@ def load(engine: Any, folder: Path, group_names: list[list[str]]) -> None:
     base = engine.basic_optimizer
     with torch.no_grad():
         for part in _parts(optimizer, names):
-            _fill(part, base, whole)
+            _fill(part, base, whole, state_of)
         _refresh_weights(optimizer)
         _load_buffers(engine.module, whole.buffers())
     if hasattr(optimizer, "checkpoint_event_epilogue"):
@@ -174,7 +190,7 @@ def _of_copies(groups: list[list[nn.Parameter]], masters: list[list[Tensor]], na
             yield Part(master, group, [Fragment(names[id(parameter)], 0, parameter.numel(), 0)])
 
 
-def _fill(part: Part, base: Any, whole: WholeState) -> None:
+def _fill(part: Part, base: Any, whole: WholeState, state_of: StateOf) -> None:
     """Weights, moments and number of updates of one tensor; what pads it stays 0."""
     _copy(part.weights, part.fragments, "weights", whole)
     updates = whole.updates(part)
@@ -186,15 +202,10 @@ def _fill(part: Part, base: Any, whole: WholeState) -> None:
             at=str(whole.folder),
             do="resume at the stage it was saved with.",
         )
-    moments = {key: torch.zeros_like(part.weights) for key in MOMENTS}
+    moments = {key: torch.zeros_like(part.weights).detach() for key in whole.moments}
     for key, moment in moments.items():
         _copy(moment, part.fragments, key, whole)
-    step = updates.pop()
-    torch_adam = isinstance(base, torch.optim.AdamW)
-    base.state[part.weights] = {
-        "step": torch.tensor(step, dtype=torch.float32, device=part.weights.device) if torch_adam else int(step),
-        **{key: moment.detach() for key, moment in moments.items()},
-    }
+    base.state[part.weights] = state_of(base, part.weights, updates.pop(), moments)
 
 
 def _copy(tensor: Tensor, fragments: list[Fragment], key: str, whole: WholeState) -> None:

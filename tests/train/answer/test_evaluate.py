@@ -19,19 +19,26 @@ OVERRIDES = (
 
 
 def evaluate_split(rank, overrides: list[str], batch_size: int) -> list[float]:
-    with rank.ready(overrides) as (run, _):
-        found = evaluate(run.engine, run.data.train, batch_size=batch_size, world=rank.world, pad_token_id=0)
+    with rank.ready(overrides) as (loop, _):
+        found = evaluate(
+            loop.session.engine,
+            loop.objective,
+            loop.run.data.train,
+            batch_size=batch_size,
+            world=rank.world,
+            pad_token_id=0,
+        )
         return [found[name] for name in ("eval/loss", "eval/perplexity", "eval/token_accuracy")]
 
 
 def evaluate_plainly(rank, overrides: list[str]) -> list[float]:
     """Record by record through the bare model: the weighted mean, and the share of targets that are the arg max."""
-    with rank.ready(overrides) as (run, _):
+    with rank.ready(overrides) as (loop, _):
         loss = weight = correct = count = 0.0
-        store = run.data.train
+        store = loop.run.data.train
         for index in range(store.num_records):
             ids, weights = store.record(index)
-            logits = run.engine.module(input_ids=torch.from_numpy(ids.astype("int64"))[None]).logits[0, :-1]
+            logits = loop.session.engine.module(input_ids=torch.from_numpy(ids.astype("int64"))[None]).logits[0, :-1]
             labels, w = torch.from_numpy(ids[1:].astype("int64")), torch.from_numpy(weights[1:].copy())
             loss += float((F.cross_entropy(logits, labels, reduction="none") * w).sum())
             weight += float(w.sum())

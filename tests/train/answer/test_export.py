@@ -15,7 +15,6 @@ from tunesmith.train.answer.merge import merge
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.files.run_folder import create
-from tunesmith.train.run.loop import Loop
 
 SMALL = [
     "batch.sequence_length=128",
@@ -33,10 +32,10 @@ SMALL = [
 
 def train_and_write(rank, overrides: list[str], folder: str) -> list[list[float]]:
     """On every rank: a few steps, then the model written; the live logits on the probe."""
-    with rank.ready(overrides) as (run, _):
-        Loop(run).train()
-        export.write(run.engine, run.tokenizer, run.config, Path(folder))
-        _, logits = export.probe(run.engine)
+    with rank.ready(overrides) as (loop, _):
+        loop.train()
+        export.write(loop.session.engine, loop.run.tokenizer, loop.run.config, Path(folder))
+        _, logits = export.probe(loop.session.engine)
         return logits.tolist()
 
 

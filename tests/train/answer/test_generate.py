@@ -33,10 +33,12 @@ def one_by_one(model, stop_ids: list[int], max_new_tokens: int) -> list[list[int
 
 
 def generate_split(rank, overrides: list[str], batch_size: int, stop_ids: list[int]) -> dict[str, object]:
-    with rank.ready(overrides) as (run, _):
-        run.engine.module.generation_config.repetition_penalty = 5.0  # a model's own wish must not bend greedy answers
+    with rank.ready(overrides) as (loop, _):
+        loop.session.engine.module.generation_config.repetition_penalty = (
+            5.0  # a model's own wish must not bend greedy answers
+        )
         found = answers(
-            run.engine.module,
+            loop.session.engine.module,
             questions(),
             world=rank.world,
             device=rank.device,
@@ -46,7 +48,9 @@ def generate_split(rank, overrides: list[str], batch_size: int, stop_ids: list[i
             pad_token_id=0,
         )
         with torch.no_grad():
-            expected = one_by_one(run.engine.module.eval(), stop_ids, 12) if rank.world.world_size == 1 else None
+            expected = (
+                one_by_one(loop.session.engine.module.eval(), stop_ids, 12) if rank.world.world_size == 1 else None
+            )
         return {"found": found, "expected": expected}
 
 

@@ -95,20 +95,18 @@ def with_a_small_disk(rank: Any, overrides: list[str], run_dir: str, small_from:
     import resource
 
     from tunesmith.train.errors import TrainingError
-    from tunesmith.train.run.loop import Loop
 
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with rank.ready(overrides, run_dir) as (run, recorder):
-        loop, error = Loop(run), ""
-        run.engine.train()
+    with rank.ready(overrides, run_dir) as (loop, recorder):
+        error = ""
         try:
             for number in range(NUM_STEPS):
                 if number in (small_from, small_to):
-                    run.checkpoints.settle()  # what is still being written belongs to the time before
+                    loop.session.checkpoints.settle()  # what is still being written belongs to the time before
                 small = rank.world.rank == 1 and small_from <= number < small_to
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if small else hard, hard))
-                loop._between_steps(loop._one_step().verdict)
-            run.checkpoints.settle()
+                loop.step()
+            loop.session.checkpoints.settle()
         except TrainingError as failed:
             error = str(failed)
         finally:
@@ -148,8 +146,12 @@ def without_room_for_the_best(rank: Any, overrides: list[str], run_dir: str, sma
     Where that is in all of them, neither at its end, where the model would be written that is the last and so the best.
     """
     import resource
+    from dataclasses import replace
+
+    from worker import ScriptedObjective
 
     from tunesmith.train.errors import TrainingError
+    from tunesmith.train.run import best as best_weights
     from tunesmith.train.run.finish import finish
     from tunesmith.train.run.loop import Loop
 
@@ -163,22 +165,24 @@ def without_room_for_the_best(rank: Any, overrides: list[str], run_dir: str, sma
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-    with rank.ready(overrides, run_dir) as (run, recorder):
-        loop = Loop(run)
-        losses = iter([4.0, 3.0, 2.0, 1.0])  # each is the best so far
-        loop.measure = lambda: {"eval/loss": next(losses)}
-        evaluate, best = loop._evaluate, list[int | None]()
+    keep_if_better, best = best_weights.keep_if_better, list[int | None]()
 
-        def evaluate_and_note() -> None:
-            with_room(run.state.step not in small, evaluate)
-            best.append(run.state.best_step)
+    def keep_and_note(run: Any, session: Any, metrics: dict[str, float]) -> None:
+        with_room(session.state.step not in small, lambda: keep_if_better(run, session, metrics))
+        best.append(session.state.best_step)
 
-        loop._evaluate = evaluate_and_note
-        loop.train()
+    with rank.ready(overrides, run_dir) as (made, recorder):
+        objective = ScriptedObjective(made, [4.0, 3.0, 2.0, 1.0])  # each is the best so far
+        loop = Loop(replace(made.run, objective=objective), made.session)
+        best_weights.keep_if_better = keep_and_note
+        try:
+            loop.train()
+        finally:
+            best_weights.keep_if_better = keep_if_better
         error = ""
-        if run.state.best_step is None:
+        if loop.session.state.best_step is None:
             try:
-                with_room(False, lambda: finish(loop))
+                with_room(False, lambda: finish(loop.run, loop.session, loop.stop))
             except TrainingError as failed:
                 error = str(failed)
         return {"best": best, "warnings": recorder.warnings, "error": error, "num_steps": len(recorder.steps)}
@@ -211,9 +215,6 @@ def ended_while_saving(rank: Any, overrides: list[str], run_dir: str) -> dict[st
     """On every rank: a run that its losses end while a checkpoint is being written, slowly."""
     from tunesmith.train.errors import TrainingError
     from tunesmith.train.files import durable
-    from tunesmith.train.ranks.fault_plan import FaultPlan, parse
-    from tunesmith.train.ranks.progress import progress
-    from tunesmith.train.run.loop import Loop
 
     write_file = durable.write_file
 
@@ -221,15 +222,15 @@ def ended_while_saving(rank: Any, overrides: list[str], run_dir: str) -> dict[st
         time.sleep(0.3)
         return write_file(path, write)
 
-    with rank.ready(overrides, run_dir) as (run, _):
-        progress.plan = FaultPlan([parse("nan:rank=0,step=2")], rank.world.rank)
+    with rank.ready(overrides, run_dir) as (loop, _):
         durable.write_file = write_slowly
         try:
-            Loop(run).train()
+            with rank.faults(loop, "nan:rank=0,step=2"):
+                loop.train()
         except TrainingError as error:
-            return {"error": str(error), "step": run.state.step, "saved": run.checkpoints.saved_step}
+            return {"error": str(error), "step": loop.session.state.step, "saved": loop.session.checkpoints.saved_step}
         finally:
-            progress.plan, durable.write_file = None, write_file
+            durable.write_file = write_file
     return {}
 
 
@@ -245,12 +246,11 @@ def test_a_run_that_its_losses_end_still_publishes_the_save_under_way(
 
 def saved_steps(rank: Any, overrides: list[str], run_dir: str) -> list[int]:
     """On every rank: a whole run of the loop; the steps that it has saved, by the warnings it has not given."""
-    from tunesmith.train.run.loop import Loop
 
     steps: list[int] = []
-    with rank.ready(overrides, run_dir) as (run, recorder):
+    with rank.ready(overrides, run_dir) as (loop, recorder):
         recorder.saved = lambda step, **_: steps.append(step)
-        Loop(run).train()
+        loop.train()
     return steps
 
 
@@ -262,8 +262,8 @@ def test_rank_0s_clock_decides_for_all(ranks: Callable[[int], Any], overrides_of
 
 
 def base_digest(rank: Any, overrides: list[str], run_dir: str) -> str:
-    with rank.ready(overrides, run_dir) as (run, _):
-        return run.checkpoints._identity.fingerprint["base_weights"]
+    with rank.ready(overrides, run_dir) as (loop, _):
+        return loop.session.checkpoints._identity.fingerprint["base_weights"]
 
 
 def with_a_changed_weight(model: Path, folder: Path) -> Path:
@@ -327,12 +327,11 @@ def test_another_base_or_other_settings_are_refused_with_their_names_on_all_rank
 
 
 def stalls(rank: Any, overrides: list[str], run_dir: str) -> list[dict[str, float]]:
-    from tunesmith.train.run.loop import Loop
 
     found: list[dict[str, float]] = []
-    with rank.ready(overrides, run_dir) as (run, recorder):
+    with rank.ready(overrides, run_dir) as (loop, recorder):
         recorder.saved = lambda step, **seconds: found.append(seconds)
-        Loop(run).train()
+        loop.train()
     return found
 
 

@@ -136,7 +136,7 @@ def same(tensors: dict[str, torch.Tensor], step: int) -> bool:
 
 def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
     seed_everything(5)
-    state = RunState(step=7, tokens_seen=123, best_step=4, best_eval_loss=1.5, evaluation={"eval/loss": 1.5})
+    state = RunState(step=7, tokens_seen=123, best_step=4, best_metric=1.5, evaluation={"eval/loss": 1.5})
     checkpoints_of(tmp_path).save(Weights(7), state)  # type: ignore[arg-type]
     drawn = (random.random(), torch.rand(1).item())
     seed_everything(6)

@@ -13,6 +13,7 @@ from tunesmith.train.data.prepare import fingerprint, prepare, split_records
 from tunesmith.train.data.records import read_records
 from tunesmith.train.data.render import encode_prompt
 from tunesmith.train.errors import DataError
+from tunesmith.train.objective.objective import make_objective
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "conf/data/example/train.jsonl"
@@ -23,8 +24,12 @@ def rows(count, text="the refund takes five days"):
     return [{"prompt": f"how are you {index}", "completion": text} for index in range(count)]
 
 
+def key(config, tokenizer):
+    return fingerprint(config, tokenizer, make_objective(config, tokenizer))
+
+
 def quiet(config, tokenizer):
-    return prepare(config, tokenizer, show_progress=False)
+    return prepare(config, tokenizer, make_objective(config, tokenizer), show_progress=False)
 
 
 def test_what_goes_in_comes_out(make_tokenizer, make_config, write_jsonl):
@@ -80,15 +85,15 @@ def test_another_setting_is_another_key(change, make_tokenizer, make_config, wri
     path, valid = write_jsonl(rows(10)), write_jsonl(rows(2), "valid.jsonl")
     change = {name: [valid] if name == "validation" else value for name, value in change.items()}
     tokenizer = make_tokenizer()
-    assert fingerprint(make_config(path, **change), tokenizer) != fingerprint(make_config(path), tokenizer)
+    assert key(make_config(path, **change), tokenizer) != key(make_config(path), tokenizer)
 
 
 @pytest.mark.parametrize("change", [changed_tokenizer, changed_template])
 def test_another_tokenizer_or_template_is_another_key(change, make_tokenizer, make_config, write_jsonl):
     config, tokenizer = make_config(write_jsonl(rows(3))), make_tokenizer()
-    before = fingerprint(config, tokenizer)
+    before = key(config, tokenizer)
     change(tokenizer)
-    assert fingerprint(config, tokenizer) != before
+    assert key(config, tokenizer) != before
 
 
 def test_other_content_under_the_same_name_is_another_key(make_tokenizer, make_config, write_jsonl):
@@ -104,18 +109,18 @@ def test_other_content_under_the_same_name_is_another_key(make_tokenizer, make_c
 
 def test_the_seed_is_in_the_key_only_when_it_splits(make_tokenizer, make_config, write_jsonl):
     path, tokenizer = write_jsonl(rows(30)), make_tokenizer()
-    keys = [fingerprint(make_config(path, seed=seed), tokenizer) for seed in (0, 1)]
+    keys = [key(make_config(path, seed=seed), tokenizer) for seed in (0, 1)]
     assert keys[0] == keys[1]
     splits = [(0, 0.5), (1, 0.5), (0, 0.4)]
-    keys = [fingerprint(make_config(path, seed=seed, validation_fraction=part), tokenizer) for seed, part in splits]
+    keys = [key(make_config(path, seed=seed, validation_fraction=part), tokenizer) for seed, part in splits]
     assert len(set(keys)) == 3
 
 
 def test_padding_a_batch_does_not_change_the_key(make_tokenizer, make_config, write_jsonl):
     config, tokenizer = make_config(write_jsonl(rows(3))), make_tokenizer(pad="<|pad|>")
-    before = fingerprint(config, tokenizer)
+    before = key(config, tokenizer)
     tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
-    assert fingerprint(config, tokenizer) == before
+    assert key(config, tokenizer) == before
     assert quiet(config, tokenizer).train.max_length > 2  # nor is anything truncated
 
 
@@ -269,10 +274,12 @@ def test_one_process_builds_and_the_others_wait(tmp_path):
 
 def test_the_progress_bar_is_for_people(make_tokenizer, make_config, write_jsonl, capsys):
     config = make_config(write_jsonl(rows(3)))
-    prepare(config, make_tokenizer(), show_progress=False)
+    tokenizer = make_tokenizer()
+    objective = make_objective(config, tokenizer)
+    prepare(config, tokenizer, objective, show_progress=False)
     assert capsys.readouterr().err == ""
     config.data = replace(config.data, cache_dir=config.data.cache_dir + "2")
-    prepare(config, make_tokenizer(), show_progress=True)
+    prepare(config, tokenizer, objective, show_progress=True)
     assert capsys.readouterr().out == ""  # it goes to stderr
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tunesmith.train.config.config import Packing
+from tunesmith.train.data.example import Example
 from tunesmith.train.data.store import IGNORE_INDEX, TokenStore, write_store
 
 PAD = 2  # also the token that ends every record here: padding must not be told by its id
@@ -17,10 +18,11 @@ WEIGHTS = [[0, 0, 1, 1, 1], [0, 0.5, 0.5], [0, 0, 0, 2]]
 def make_store(tmp_path):
     def make(packing=Packing.best_fit, sequence_length=8, ids=IDS, weights=WEIGHTS):
         folder = tmp_path / "store"
-        arrays = [np.array(row, dtype=np.int32) for row in ids]
-        weight_arrays = [np.array(row, dtype=np.float32) for row in weights]
-        places = [f"data.jsonl:{index + 1}" for index in range(len(ids))]
-        write_store(folder, arrays, weight_arrays, places, sequence_length=sequence_length, packing=packing)
+        examples = [
+            Example(f"data.jsonl:{number}", np.array(row, dtype=np.int32), np.array(weight, dtype=np.float32))
+            for number, (row, weight) in enumerate(zip(ids, weights, strict=True), start=1)
+        ]
+        write_store(folder, examples, sequence_length=sequence_length, packing=packing)
         return TokenStore(folder, sequence_length=sequence_length, packing=packing)
 
     return make
@@ -28,49 +30,50 @@ def make_store(tmp_path):
 
 def test_a_packed_micro_batch_is_what_a_hand_would_write(make_store):
     store = make_store()  # the records of 5 and 3 tokens fill one sequence, that of 4 leaves half of another empty
-    batch = store.micro_batch([0, 1], pad_token_id=PAD)
-    assert batch.input_ids.tolist() == [[10, 11, 12, 13, PAD, 20, 21, PAD], [30, 31, 32, PAD, PAD, PAD, PAD, PAD]]
+    batch = store.batch([0, 1], pad_token_id=PAD)
+    assert batch.inputs["input_ids"].tolist() == [
+        [10, 11, 12, 13, PAD, 20, 21, PAD],
+        [30, 31, 32, PAD, PAD, PAD, PAD, PAD],
+    ]
     assert batch.labels.tolist() == [[X, 12, 13, PAD, X, 21, PAD, X], [X, X, PAD, X, X, X, X, X]]
     assert batch.weights.tolist() == [[0, 1, 1, 1, 0, 0.5, 0.5, 0], [0, 0, 2, 0, 0, 0, 0, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
-    assert batch.cu_seqlens.tolist() == [0, 5, 8, 12, 16]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.target_rows.tolist() == [1, 2, 3, 5, 6, 10]
     assert (batch.num_target_tokens, batch.target_weight, batch.num_tokens) == (6, 6.0, 12)
 
 
 def test_an_unpacked_micro_batch_is_what_a_hand_would_write(make_store):
-    batch = make_store(Packing.none).micro_batch([1, 0], pad_token_id=PAD)
-    assert batch.input_ids.tolist() == [[20, 21, PAD, PAD, PAD, PAD, PAD, PAD], [10, 11, 12, 13, PAD, PAD, PAD, PAD]]
+    batch = make_store(Packing.none).batch([1, 0], pad_token_id=PAD)
+    assert batch.inputs["input_ids"].tolist() == [
+        [20, 21, PAD, PAD, PAD, PAD, PAD, PAD],
+        [10, 11, 12, 13, PAD, PAD, PAD, PAD],
+    ]
     assert batch.labels.tolist() == [[21, PAD, X, X, X, X, X, X], [X, 12, 13, PAD, X, X, X, X]]
-    assert batch.position_ids.tolist() == [list(range(8))] * 2
-    assert batch.cu_seqlens.tolist() == [0, 8, 16]
+    assert batch.inputs["position_ids"].tolist() == [list(range(8))] * 2
     assert batch.num_tokens == 8
 
 
 @pytest.mark.parametrize("packing", list(Packing))
 def test_dtypes_and_derived_tensors(packing, make_store):
-    batch = make_store(packing).micro_batch([0, -1, 1], pad_token_id=0)
-    for tensor in (batch.input_ids, batch.position_ids, batch.labels, batch.target_rows):
+    batch = make_store(packing).batch([0, -1, 1], pad_token_id=0)
+    for tensor in (batch.inputs["input_ids"], batch.inputs["position_ids"], batch.labels, batch.target_rows):
         assert tensor.dtype == torch.int64
-    assert (batch.weights.dtype, batch.cu_seqlens.dtype) == (torch.float32, torch.int32)
+    assert batch.weights.dtype == torch.float32
     flat = batch.labels.reshape(-1)
     assert torch.equal(torch.nonzero(flat != IGNORE_INDEX).reshape(-1), batch.target_rows)
     assert torch.equal(torch.nonzero(batch.weights.reshape(-1)).reshape(-1), batch.target_rows)
-    starts = torch.nonzero(batch.position_ids.reshape(-1) == 0).reshape(-1)
-    assert batch.cu_seqlens.tolist() == [*starts.tolist(), flat.numel()]
 
 
 def test_an_empty_sequence_learns_nothing(make_store):
-    packed = make_store().micro_batch([-1, 0], pad_token_id=PAD)
-    assert packed.input_ids[0].tolist() == [PAD] * 8
+    packed = make_store().batch([-1, 0], pad_token_id=PAD)
+    assert packed.inputs["input_ids"][0].tolist() == [PAD] * 8
     assert packed.labels[0].tolist() == [X] * 8
-    assert packed.position_ids[0].tolist() == list(range(8))
-    assert packed.cu_seqlens.tolist() == [0, 8, 13, 16]
+    assert packed.inputs["position_ids"][0].tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("packing", list(Packing))
 def test_a_micro_batch_of_empty_sequences_has_no_target(packing, make_store):
-    batch = make_store(packing).micro_batch([-1, -1], pad_token_id=PAD)
+    batch = make_store(packing).batch([-1, -1], pad_token_id=PAD)
     assert batch.labels.unique().tolist() == [X]
     assert (batch.num_target_tokens, batch.target_weight, batch.num_tokens) == (0, 0.0, 0)
     assert batch.target_rows.shape == (0,)
@@ -81,13 +84,13 @@ def test_unpacked_width_is_the_longest_rounded_up(lengths, sequence_length, widt
     ids = [list(range(length)) for length in lengths]
     weights = [[0] + [1] * (length - 1) for length in lengths]
     store = make_store(Packing.none, sequence_length, ids, weights)
-    assert store.micro_batch(range(len(ids)), pad_token_id=PAD).input_ids.shape == (len(ids), width)
+    assert store.batch(range(len(ids)), pad_token_id=PAD).inputs["input_ids"].shape == (len(ids), width)
 
 
 def test_a_first_token_is_never_a_label(make_store):
     """Its label would sit on the last token of the record before it."""
     store = make_store(weights=[[1] * len(row) for row in IDS])
-    batch = store.micro_batch([0], pad_token_id=PAD)
+    batch = store.batch([0], pad_token_id=PAD)
     assert batch.labels.tolist() == [[11, 12, 13, PAD, X, 21, PAD, X]]
     assert store.num_target_tokens == sum(len(row) - 1 for row in IDS)
 
@@ -101,8 +104,8 @@ def test_packed_and_unpacked_hold_the_same_labels(make_store, tmp_path):
         store = make_store(packing, 64, ids, weights)
         pairs = []
         for first in range(0, store.num_sequences, 4):
-            batch = store.micro_batch(range(first, min(first + 4, store.num_sequences)), pad_token_id=PAD)
-            tensors = (batch.input_ids, batch.labels, batch.weights, batch.position_ids)
+            batch = store.batch(range(first, min(first + 4, store.num_sequences)), pad_token_id=PAD)
+            tensors = (batch.inputs["input_ids"], batch.labels, batch.weights, batch.inputs["position_ids"])
             pairs += zip(*(tensor.reshape(-1)[batch.target_rows].tolist() for tensor in tensors), strict=True)
         found.append(sorted(pairs))
         (tmp_path / "store").rename(tmp_path / packing)
@@ -118,6 +121,36 @@ def test_counts(make_store):
 
 
 def test_to_moves_every_tensor(make_store):
-    batch = make_store().micro_batch([0], pad_token_id=PAD).to("meta")
-    assert batch.input_ids.device.type == batch.cu_seqlens.device.type == batch.target_rows.device.type == "meta"
+    batch = make_store().batch([0], pad_token_id=PAD).to("meta")
+    tensors = [*batch.inputs.values(), *batch.columns.values(), batch.labels, batch.target_rows]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert batch.num_tokens == 8
+
+
+@pytest.mark.parametrize("packing", list(Packing))
+def test_parts_and_columns_are_what_a_hand_would_write(packing, tmp_path):
+    """Two answers to one question are one example: positions restart, and no label crosses from one to the other."""
+    pair = Example(
+        "data.jsonl:1",
+        np.array([10, 11, PAD, 10, 12, 13, PAD], dtype=np.int32),
+        np.array([1, 1, 1, 1, 1, 1, 1], dtype=np.float32),
+        {"side": np.array([0, 1, 1, 0, -1, -1, -1], dtype=np.int8)},
+        (0, 3),
+    )
+    alone = Example("data.jsonl:2", np.array([20, 21]), np.array([0, 1]), {"side": np.array([0, 1], dtype=np.int8)})
+    write_store(tmp_path / "store", [pair, alone], sequence_length=9, packing=packing)
+    store = TokenStore(tmp_path / "store", sequence_length=9, packing=packing)
+    assert store.is_isolated
+    if packing is Packing.best_fit:
+        batch = store.batch([0], pad_token_id=PAD)
+        assert batch.labels.tolist() == [[11, PAD, X, 12, 13, PAD, X, 21, X]]
+        assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1]]
+        assert batch.columns["example"].tolist() == [[0] * 7 + [1] * 2]
+        assert batch.of_targets("side").tolist() == [1, 1, -1, -1, -1, 1]
+    else:
+        batch = store.batch([1, -1, 0], pad_token_id=PAD)
+        assert batch.labels.tolist() == [[21, *[X] * 7], [X] * 8, [11, PAD, X, 12, 13, PAD, X, X]]
+        assert batch.inputs["position_ids"].tolist() == [[0, 1, *range(6)], list(range(8)), [0, 1, 2, 0, 1, 2, 3, 0]]
+        assert batch.columns["example"].tolist() == [[0, 0, *[-1] * 6], [-1] * 8, [1] * 7 + [-1]]
+    assert batch.num_examples == 2
+    assert batch.of_targets("example").unique().tolist() == [0, 1]

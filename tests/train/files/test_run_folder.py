@@ -8,9 +8,15 @@ import torch
 
 from tunesmith.train.answer import export
 from tunesmith.train.config.compose import compose_config
+from tunesmith.train.config.config import Kernels
+from tunesmith.train.data.prepare import prepare
+from tunesmith.train.data.tokenizer import load_tokenizer
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files.run_folder import best_folder, check_usable, create, is_finished
+from tunesmith.train.objective.objective import make_objective
 from tunesmith.train.ranks.distributed import World
+from tunesmith.train.run.setup import make_run
+from tunesmith.train.run.training import train
 from tunesmith.train.track.reporter import Reporter
 
 
@@ -24,31 +30,38 @@ def test_a_second_run_is_refused_while_the_first_one_writes(tmp_path):
     create(tmp_path / "run", "name: two").release()
 
 
-def test_the_lock_of_a_folder_that_is_there_is_taken_before_anything_in_it_is_touched(tmp_path, tiny_composed):
-    from tunesmith.train.run.run import _train
-
-    lock = create(tmp_path, "name: one")
-    damaged = tmp_path / "checkpoints/step-000004"
-    damaged.mkdir(parents=True)
-    before = sorted(tmp_path.rglob("*"))
-    told = Reporter(None)
-    with pytest.raises(ConfigError, match="another run is writing"):
-        _train(tiny_composed, World(), torch.device("cpu"), tmp_path, None, None, told, None, [])
-    assert sorted(tmp_path.rglob("*")) == before
-    lock.release()
-
-
-def test_a_folder_that_set_up_has_failed_for_is_not_left_behind(tmp_path, tiny_composed):
-    from tunesmith.train.run.run import _train
-
-    with pytest.raises(AttributeError):  # there is no data
-        _train(tiny_composed, World(), torch.device("cpu"), tmp_path / "run", None, None, Reporter(None), None, [])
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def composed(tmp_path):
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    return compose_config(["+exp=debug", "resume.allow=[nonsense]", cache])
 
 
 @pytest.fixture
-def tiny_composed():
-    return compose_config(["+exp=debug"])
+def made(composed):
+    """made(folder) is a run there whose first session is refused: resume.allow names what is not compared."""
+    config = composed.config
+    tokenizer = load_tokenizer(config.model, config.data)
+    objective = make_objective(config, tokenizer)
+    data = prepare(config, tokenizer, objective, show_progress=False)
+    parts = (tokenizer, objective, data, Kernels.torch, Reporter(None))
+    return lambda folder: make_run(config, World(), torch.device("cpu"), folder, *parts)
+
+
+def test_the_lock_of_a_folder_that_is_there_is_taken_before_anything_in_it_is_touched(tmp_path, composed, made):
+    folder = tmp_path / "run"
+    lock = create(folder, "name: one")
+    (folder / "checkpoints/step-000004").mkdir(parents=True)  # a damaged one
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ConfigError, match="another run is writing"):
+        train(composed, made(folder), None, [])
+    assert sorted(folder.rglob("*")) == before
+    lock.release()
+
+
+def test_a_folder_that_set_up_has_failed_for_is_not_left_behind(tmp_path, composed, made):
+    with pytest.raises(ConfigError, match="names 'nonsense', which is not compared"):
+        train(composed, made(tmp_path / "new"), None, [])
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_leaves_the_config_that_was_there(tmp_path, monkeypatch):

@@ -68,11 +68,9 @@ def answers(rank: Any, overrides: list[str]) -> dict[str, Any]:
     import torch
     from peft.tuners.lora.layer import LoraLayer
 
-    from tunesmith.train.run.loop import Loop
-
-    with rank.ready(overrides) as (run, _):
-        Loop(run).train()
-        module = run.engine.module.eval()
+    with rank.ready(overrides) as (loop, _):
+        loop.train()
+        module = loop.session.engine.module.eval()
         ids = torch.tensor([[5, 9, 31, 7], [8, 77, 6, 12]])
 
         def answer() -> tuple[list[list[int]], torch.Tensor]:
@@ -112,12 +110,12 @@ def after_an_error(rank: Any, overrides: list[str]) -> dict[str, Any]:
     """A forward that fails in the middle of a layer and one that fails in the loss; then the same batch again."""
     import torch
 
-    with rank.ready(overrides) as (run, _):
-        engine, module = run.engine, run.engine.module
-        batch = run.data.train.micro_batch([0, 1], pad_token_id=0)
+    with rank.ready(overrides) as (loop, _):
+        engine, module = loop.session.engine, loop.session.engine.module
+        batch = loop.run.data.train.batch([0, 1], pad_token_id=0)
         engine.eval()
         with torch.no_grad():
-            before = float(engine.loss_sum(batch))
+            before = float(engine.scorer.nll(batch).loss)
 
             def fail(*_: Any) -> None:
                 raise OverflowError
@@ -125,7 +123,7 @@ def after_an_error(rank: Any, overrides: list[str]) -> dict[str, Any]:
             problems = []
             for inner in (module.get_output_embeddings(), module.get_submodule("base_model.model.model.layers.1.mlp")):
                 hook = inner.register_forward_pre_hook(fail)
-                for call in (engine.loss_sum, engine.loss_sum_and_num_correct):
+                for call in (engine.scorer.nll, engine.scorer.logprobs):
                     try:
                         call(batch)
                     except OverflowError:
@@ -134,15 +132,15 @@ def after_an_error(rank: Any, overrides: list[str]) -> dict[str, Any]:
             labels = batch.labels.clone()
             labels.view(-1)[batch.target_rows[0]] = 10**6
             try:
-                engine.loss_sum(replace(batch, labels=labels))
+                engine.scorer.nll(replace(batch, labels=labels))
             except ValueError as error:
                 problems.append(str(error))
             return {
                 "before": before,
-                "after": float(engine.loss_sum(batch)),
+                "after": float(engine.scorer.nll(batch).loss),
                 "problems": problems,
                 "head": "forward" in vars(module.get_output_embeddings()),
-                "logits": list(module(input_ids=batch.input_ids).logits.shape),
+                "logits": list(module(input_ids=batch.inputs["input_ids"]).logits.shape),
             }
 
 

@@ -15,8 +15,8 @@ from tunesmith.train.config.config import Config
 from tunesmith.train.errors import ModelError
 from tunesmith.train.model.adapter import transformer_blocks
 from tunesmith.train.model.load import load_base, load_model
+from tunesmith.train.model.size import model_size
 from tunesmith.train.ranks.distributed import World
-from tunesmith.train.run.setup import model_size
 from tunesmith.train.zero.sharding import full_shape, gathered, is_split
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2")

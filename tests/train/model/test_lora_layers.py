@@ -367,11 +367,10 @@ def test_off_leaves_the_model_alone(adapted: Adapted) -> None:
 
 def curve(rank: Any, overrides: list[str]) -> dict[str, Any]:
     """On every rank: losses, warnings, layers on our kernels, and whole weights held after the last step."""
-    from tunesmith.train.run.loop import Loop
 
-    with rank.ready(overrides) as (run, recorder):
-        Loop(run).train()
-        module = run.engine.module
+    with rank.ready(overrides) as (loop, recorder):
+        loop.train()
+        module = loop.session.engine.module
         return {
             "losses": recorder.losses,
             "warnings": recorder.warnings,

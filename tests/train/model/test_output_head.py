@@ -170,18 +170,17 @@ def test_a_head_that_sees_other_rows_than_the_tokens_is_refused() -> None:
 
 def train(rank: Any, overrides: list[str], odd_tail: str | None = None) -> dict[str, Any]:
     """On every rank: a run with an evaluation at its end."""
-    from tunesmith.train.run.loop import Loop
 
     if odd_tail is not None:
         register_odd_llama(odd_tail)
-    with rank.ready(overrides) as (run, recorder):
-        Loop(run).train()
+    with rank.ready(overrides) as (loop, recorder):
+        loop.train()
         return {
             "losses": recorder.losses,
             "norms": [step.grad_norm for step in recorder.steps],
             "evaluations": recorder.evaluations,
             "warnings": recorder.warnings,
-            "in_head": run.engine._loss_in_head is not None,
+            "in_head": loop.session.engine.scorer.is_in_head,
         }
 
 
@@ -302,10 +301,12 @@ def test_the_loss_curve_on_two_ranks_is_the_one_of_whole_logits_at_every_zero_st
 
 def watched_head(rank: Any, overrides: list[str]) -> dict[str, Any]:
     """On every rank: where the head's weight is when its input gets a gradient, and what is whole after each step."""
-    from tunesmith.train.run.loop import Loop
 
-    with rank.ready(overrides) as (run, _):
-        head, parameters = run.engine.module.get_output_embeddings(), list(run.engine.module.parameters())
+    with rank.ready(overrides) as (loop, _):
+        head, parameters = (
+            loop.session.engine.module.get_output_embeddings(),
+            list(loop.session.engine.module.parameters()),
+        )
         in_forward, in_backward, held = [], [], []
 
         def watch(module: Any, args: tuple[torch.Tensor]) -> None:
@@ -313,10 +314,8 @@ def watched_head(rank: Any, overrides: list[str]) -> dict[str, Any]:
             args[0].register_hook(lambda gradient: in_backward.append(head.weight.ds_status.name))
 
         head.register_forward_pre_hook(watch)
-        loop = Loop(run)
-        run.engine.train()
         for _ in range(3):
-            loop._one_step()
+            loop.step()
             held.append(sum(parameter.data.numel() for parameter in parameters))
         return {"forward": sorted(set(in_forward)), "backward": sorted(set(in_backward)), "held": held}
 
@@ -341,10 +340,10 @@ def test_under_zero_3_a_frozen_head_is_not_gathered_again_and_none_stays_whole(
 
 def without_targets(rank: Any, overrides: list[str]) -> dict[str, Any]:
     """On every rank: loss and largest gradient of a batch that has targets on the last rank only, and evaluated."""
-    with rank.ready(overrides) as (run, _):
-        engine, store = run.engine, run.data.train
+    with rank.ready(overrides) as (loop, _):
+        engine, store = loop.session.engine, loop.run.data.train
         is_last = rank.world.rank == rank.world.world_size - 1
-        batch = store.micro_batch([0, 1] if is_last else [-1, -1], pad_token_id=0)
+        batch = store.batch([0, 1] if is_last else [-1, -1], pad_token_id=0)
         engine.train()
         gradients: list[torch.Tensor] = []
 
@@ -352,11 +351,16 @@ def without_targets(rank: Any, overrides: list[str]) -> dict[str, Any]:
             args[0].register_hook(gradients.append)
 
         hook = engine.module.get_output_embeddings().register_forward_pre_hook(watch)
-        loss = engine.loss_sum(batch)
+        loss = engine.scorer.nll(batch).loss
         hook.remove()
         engine.backward(loss)
-        sums = engine.loss_sum_and_num_correct(batch)
-        return {"loss": loss.item(), "gradient": float(gradients[0].abs().max()), "sums": [float(it) for it in sums]}
+        with torch.no_grad():
+            nll = engine.scorer.nll(batch)
+        return {
+            "loss": loss.item(),
+            "gradient": float(gradients[0].abs().max()),
+            "sums": [float(nll.loss), float(nll.num_correct)],
+        }
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -373,18 +377,17 @@ def test_a_rank_without_targets_goes_along_and_adds_nothing(
 
 def largest_saved(rank: Any, overrides: list[str]) -> dict[str, int]:
     """On a rank: numbers in the largest tensor that the forward of a loss saves for its backward, and in the logits."""
-    with rank.ready(overrides) as (run, _):
-        batch = run.data.train.micro_batch(range(8), pad_token_id=0)
+    with rank.ready(overrides) as (loop, _):
+        batch = loop.run.data.train.batch(range(8), pad_token_id=0)
         saved: list[int] = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             saved.append(tensor.numel())
             return tensor
 
-        run.engine.train()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            run.engine.loss_sum(batch)
-        vocabulary = run.engine.module.get_output_embeddings().weight.shape[0]
+            loop.session.engine.scorer.nll(batch)
+        vocabulary = loop.session.engine.module.get_output_embeddings().weight.shape[0]
         return {"saved": max(saved), "weight": vocabulary * 32, "logits": batch.num_target_tokens * vocabulary}
 
 

@@ -41,27 +41,15 @@ def overrides(model: Path, data: Path, cache: Path) -> list[str]:
 
 def our_run(rank: Any, overrides: list[str]) -> dict[str, Any]:
     """The real loop: losses, gradient norms and targets of every step, and the row numbers of its micro batches."""
-    from tunesmith.train.data.order import split_global_batch
-    from tunesmith.train.run.loop import Loop
-
-    with rank.ready(overrides) as (run, recorder):
-        Loop(run).train()
-        rows = [int(place.rpartition(":")[2]) - 1 for place in run.data.train.places()]
-        order = [
-            split_global_batch(
-                run.order.global_batch(step),
-                run.data.train.lengths,
-                micro_batch_size=run.config.batch.micro_batch_size,
-                rank=0,
-                world_size=1,
-            )
-            for step in range(run.total_steps)
-        ]
+    with rank.ready(overrides) as (loop, recorder):
+        loop.train()
+        feed = loop.run.feed
+        names = [feed.names(step) for step in range(feed.total_steps)]
         return {
             "losses": recorder.losses,
             "grad_norms": [step.grad_norm for step in recorder.steps],
             "target_tokens": [step.target_tokens for step in recorder.steps],
-            "rows": [[[rows[id_] for id_ in ids] for ids in micro_batches] for micro_batches in order],
+            "rows": [[[int(name.rpartition(":")[2]) - 1 for name in batch] for batch in step] for step in names],
         }
 
 

@@ -48,19 +48,19 @@ CurveOf = Callable[..., Curve]
 
 def train(rank: Any, overrides: list[str]) -> Curve:
     """On every rank: a whole run, what it reported, and the learning rates its optimizer used."""
-    from tunesmith.train.run.loop import Loop
 
     used: list[float] = []
-    with rank.ready(overrides) as (run, recorder):
-        loop = Loop(run)
-        optimizer = run.engine._engine.basic_optimizer
+    with rank.ready(overrides) as (loop, recorder):
+        optimizer = loop.session.engine._engine.basic_optimizer
         optimizer.register_step_pre_hook(lambda it, *_: used.append(it.param_groups[0]["lr"]))
-        last_targets = [batch.num_target_tokens for batch in loop.micro_batches(run.total_steps - 1)]
-        first_targets = [batch.num_target_tokens for batch in loop.micro_batches(0)]
+        last_targets = [batch.num_target_tokens for batch in loop.run.feed.batches(loop.run.feed.total_steps - 1)]
+        first_targets = [batch.num_target_tokens for batch in loop.run.feed.batches(0)]
         loop.train()
         lora_b = [
             float(parameter.norm())
-            for name, parameter in run.engine.whole_parameters({n for n, _ in run.engine.module.named_parameters()})
+            for name, parameter in loop.session.engine.whole_parameters(
+                {n for n, _ in loop.session.engine.module.named_parameters()}
+            )
             if "lora_B" in name
         ]
     return {

@@ -84,12 +84,11 @@ def dropped(rank: Any, overrides: list[str], run_dir: str) -> dict[str, float]:
     """On every rank: losses of one micro batch, the same on all of them, with dropout and without."""
     import torch
 
-    with rank.ready(overrides, run_dir) as (run, _), torch.no_grad():
-        batch = run.data.train.micro_batch([0, 1], pad_token_id=0)
-        run.engine.train()
-        first, second = (float(run.engine.loss_sum(batch)) for _ in range(2))
-        run.engine.eval()
-        return {"first": first, "second": second, "without": float(run.engine.loss_sum(batch))}
+    with rank.ready(overrides, run_dir) as (loop, _), torch.no_grad():
+        batch = loop.run.data.train.batch([0, 1], pad_token_id=0)
+        first, second = (float(loop.session.engine.scorer.nll(batch).loss) for _ in range(2))
+        loop.session.engine.eval()
+        return {"first": first, "second": second, "without": float(loop.session.engine.scorer.nll(batch).loss)}
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -48,12 +48,12 @@ def piece(rank: Any, overrides: list[str], run_dir: str, fault: str = "", second
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     stopped, started, wall_clock = None, agreed_stop.STARTED, time.time
     try:
-        with stop_request.listening(), rank.ready(overrides, run_dir) as (run, recorder):
-            first, loop = run.state.step, Loop(run)
+        with stop_request.listening(), rank.ready(overrides, run_dir) as (loop, recorder):
+            first = loop.session.state.step
             if seconds_left:  # of the minute that the overrides give it
                 agreed_stop.STARTED = time.monotonic() - 60 + seconds_left
-                loop = Loop(run)
                 time.time = lambda: wall_clock() - 3600
+                loop = Loop(loop.run, loop.session)
             progress.plan = FaultPlan([parse(part) for part in fault.split(";") if part], rank.world.rank)
             try:
                 loop.train()
@@ -64,8 +64,8 @@ def piece(rank: Any, overrides: list[str], run_dir: str, fault: str = "", second
                 "losses": recorder.losses,
                 "evaluations": recorder.evaluations,
                 "stopped": stopped,
-                "checkpoints": run.checkpoints.steps(),
-                "seconds_left": loop._stop.limit.seconds_left(),
+                "checkpoints": loop.session.checkpoints.steps(),
+                "seconds_left": loop.stop.limit.seconds_left(),
             }
     finally:
         agreed_stop.STARTED, time.time, progress.plan = started, wall_clock, None
@@ -138,14 +138,13 @@ def too_short(rank: Any, overrides: list[str], run_dir: str) -> str:
     from tunesmith.train.errors import ConfigError
     from tunesmith.train.ranks.stop import stop_request
     from tunesmith.train.run import agreed_stop
-    from tunesmith.train.run.loop import Loop
 
     started = agreed_stop.STARTED
     agreed_stop.STARTED = time.monotonic() - 50
     stop_request.forget()
     try:
-        with rank.ready(overrides, run_dir) as (run, _):
-            Loop(run).train()
+        with rank.ready(overrides, run_dir) as (loop, _):
+            loop.train()
     except ConfigError as error:
         return str(error)
     finally:

@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.ranks.phases import Phase, TimeoutKind
 from tunesmith.train.watch import cause
 from tunesmith.train.watch.rank_status import Slot, State
-from tunesmith.train.watch.timeouts import TimeoutKind, Timeouts
+from tunesmith.train.watch.timeouts import Timeouts
 
 NOW = 1000.0
 SLOT = Slot(
@@ -150,19 +151,19 @@ def test_an_error_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("phase", "started", "kind"),
     [
-        ("forward", False, "start"),
-        ("forward", True, "step"),
-        ("evaluating", True, "step"),
-        ("generating answers", True, "step"),
-        ("saving", True, "save"),
-        ("saving", False, "save"),
-        ("writing the model", True, "save"),
-        ("opening the saved model again", True, "save"),
-        ("loading the model", True, "start"),  # after going back to a checkpoint
-        ("making the engine", True, "start"),
+        (Phase.forward, False, "start"),
+        (Phase.forward, True, "step"),
+        (Phase.evaluating, True, "step"),
+        (Phase.generating, True, "step"),
+        (Phase.saving, True, "save"),
+        (Phase.saving, False, "save"),
+        (Phase.writing_model, True, "save"),
+        (Phase.opening_model, True, "save"),
+        (Phase.loading_model, True, "start"),  # after going back to a checkpoint
+        (Phase.making_engine, True, "start"),
     ],
 )
-def test_each_phase_has_its_timeout(phase: str, started: bool, kind: str) -> None:
+def test_each_phase_has_its_timeout(phase: Phase, started: bool, kind: str) -> None:
     timeouts = Timeouts(start=1.0, step=2.0, save=3.0)
     found = timeouts.kind(phase, started=started)
     assert found is TimeoutKind[kind]

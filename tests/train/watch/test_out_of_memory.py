@@ -6,6 +6,7 @@ import torch
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.config.config import Config
 from tunesmith.train.ranks.distributed import World
+from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.watch.out_of_memory import NUM_REMEDIES, explained, remedies
 
 TWO = World(rank=1, world_size=2, local_rank=1, local_world_size=2)
@@ -15,7 +16,7 @@ def composed(*overrides: str) -> Config:
     return compose_config(["+exp=debug", *overrides]).config
 
 
-def named(config: Config, world: World = TWO, phase: str = "forward", on_gpu: bool = True) -> list[str]:
+def named(config: Config, world: World = TWO, phase: Phase = Phase.forward, on_gpu: bool = True) -> list[str]:
     return [text.split(" ")[0] for text in remedies(config, world, phase=phase, on_gpu=on_gpu)][:NUM_REMEDIES]
 
 
@@ -53,11 +54,13 @@ def test_each_remedy_is_a_setting_that_composes() -> None:
 
 
 def test_an_evaluation_is_helped_by_its_own_batch_size() -> None:
-    assert named(composed(), phase="evaluating")[0] == "evaluate.batch_size=4"
+    assert named(composed(), phase=Phase.generating)[0] == named(composed(), phase=Phase.evaluating)[0]
+    assert named(composed(), phase=Phase.evaluating)[0] == "evaluate.batch_size=4"
 
 
 def test_one_rank_is_not_told_to_shard() -> None:
-    assert not any(remedy.startswith("engine=zero") for remedy in remedies(composed(), World(), phase="x", on_gpu=True))
+    found = remedies(composed(), World(), phase=Phase.forward, on_gpu=True)
+    assert not any(remedy.startswith("engine=zero") for remedy in found)
 
 
 @pytest.mark.parametrize(

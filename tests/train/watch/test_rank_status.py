@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.train.ranks.phases import TimeoutKind
 from tunesmith.train.watch.rank_status import Board, Claim, State, make_board_file
-from tunesmith.train.watch.timeouts import TimeoutKind
 
 
 @pytest.fixture

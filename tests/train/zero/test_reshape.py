@@ -66,26 +66,23 @@ def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Pa
 
 def piece(rank: Any, overrides: list[str], run_dir: str, num_steps: int, source: str | None = None) -> dict[str, Any]:
     """On every rank: some steps from a checkpoint on, or from the start, and then a checkpoint of their end."""
-    from tunesmith.train.run.loop import Loop
 
     more = [f"resume.source={source}"] if source else []
-    with rank.ready([*overrides, *more], run_dir) as (run, recorder):
-        optimizer = run.engine._engine.optimizer
+    with rank.ready([*overrides, *more], run_dir) as (loop, recorder):
+        optimizer = loop.session.engine._engine.optimizer
         settings = ("weight_decay", "betas", "eps")
         answer: dict[str, Any] = {
-            "converted": bool(conversions(run.run_dir)),
+            "converted": bool(conversions(loop.run.run_dir)),
             "groups": [{key: group[key] for key in settings} for group in optimizer.param_groups],
             "clip": getattr(optimizer, "clip_grad", None),
             "learned": [],
         }
-        loop = Loop(run)
-        run.engine.train()
         for _ in range(num_steps):
-            rows = [row for batch in loop.micro_batches(run.state.step) for row in batch.labels]
+            rows = [row for batch in loop.run.feed.batches(loop.session.state.step) for row in batch.labels]
             answer["learned"].append([digest for row in rows if (digest := digest_of_learned(row))])
-            loop._one_step()
-        saved = run.checkpoints.save(run.engine, run.state)
-        answer["left"] = bool(conversions(run.run_dir))
+            loop.step()
+        saved = loop.session.checkpoints.save(loop.session.engine, loop.session.state)
+        answer["left"] = bool(conversions(loop.run.run_dir))
         return answer | {"losses": recorder.losses, "saved": str(saved)}
 
 
@@ -276,7 +273,7 @@ def begin(saved: Path, run_dir: Path) -> conversion.Conversion:
 
 
 CPU = torch.device("cpu")
-KILL = "kill:phase=converting parameter 5"
+KILL = "kill:phase=converting the checkpoint,step=5"  # at its sixth parameter
 
 
 def test_a_conversion_that_hangs_is_given_up_and_ended(tmp_path: Path) -> None:
@@ -386,16 +383,16 @@ def test_every_rank_hears_that_it_failed(
 
 def with_a_buffer(rank: Any, overrides: list[str], then: list[str], run_dir: str) -> list[float]:
     """A buffer that was saved before the first step, after the checkpoint was converted for another stage."""
-    with rank.ready(overrides, f"{run_dir}/first") as (run, _):
-        run.engine.module.register_buffer("router_bias", torch.full((3,), 7.0))
-        saved = run.checkpoints.save(run.engine, run.state)
-    with rank.ready(then, f"{run_dir}/second") as (run, _):
-        run.engine.module.register_buffer("router_bias", torch.zeros(3))
-        run.engine.load_converted(
-            conversion.start(saved, saved / "engine", run.run_dir, rank.world).wait(CPU, minutes=4)
+    with rank.ready(overrides, f"{run_dir}/first") as (loop, _):
+        loop.session.engine.module.register_buffer("router_bias", torch.full((3,), 7.0))
+        saved = loop.session.checkpoints.save(loop.session.engine, loop.session.state)
+    with rank.ready(then, f"{run_dir}/second") as (loop, _):
+        loop.session.engine.module.register_buffer("router_bias", torch.zeros(3))
+        loop.session.engine.load_converted(
+            conversion.start(saved, saved / "engine", loop.run.run_dir, rank.world).wait(CPU, minutes=4)
         )
-        assert not run.engine._engine.basic_optimizer.state  # no update yet, so no moments
-        return run.engine.module.router_bias.tolist()
+        assert not loop.session.engine._engine.basic_optimizer.state  # no update yet, so no moments
+        return loop.session.engine.module.router_bias.tolist()
 
 
 @pytest.mark.parametrize("stages", [(2, 3), (3, 1)])

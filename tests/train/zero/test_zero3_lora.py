@@ -26,22 +26,21 @@ def residency(rank: Any, overrides: list[str]) -> dict[str, Any]:
     """On every rank: bytes of whole weights held before and after each of some steps and an evaluation."""
     from tunesmith.train.answer.evaluate import evaluate
     from tunesmith.train.model.adapter import transformer_blocks
-    from tunesmith.train.run.loop import Loop
 
-    with rank.ready(overrides) as (run, _):
-        module = run.engine.module
+    with rank.ready(overrides) as (loop, _):
+        module = loop.session.engine.module
         within: list[int] = []
         for linear in (m for name, m in module.named_modules() if name.endswith(".down_proj")):
             linear.register_forward_pre_hook(lambda *_: within.append(held_bytes(module)))
-        loop = Loop(run)
-        run.engine.train()
         before = held_bytes(module)
         steps = []
         for _ in range(3):
-            loop._one_step()
+            loop.step()
             steps.append(held_bytes(module))
         num_forwards, most_within = len(within), max(within)
-        evaluate(run.engine, run.data.train, batch_size=2, world=rank.world, pad_token_id=0)
+        evaluate(
+            loop.session.engine, loop.objective, loop.run.data.train, batch_size=2, world=rank.world, pad_token_id=0
+        )
         return {
             "whole": sum(parameter.ds_numel * parameter.element_size() for parameter in module.parameters()),
             "parts": sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in module.parameters()),

@@ -3,26 +3,22 @@
 <run>/skipped_steps.jsonl has a row for each such step, with every record; the warning names the first few.
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 import torch
 
 from tunesmith.train.files.rows import finite, keep_rows
-from tunesmith.train.ranks.distributed import gather_floats
+from tunesmith.train.ranks.distributed import gather_floats, gather_texts
 from tunesmith.train.ranks.state import Step
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tunesmith.train.data.store import TokenStore
+from tunesmith.train.run.feed import Feed
 
 SKIPPED_FILE = "skipped_steps.jsonl"
 MAX_NAMED = 3  # records in a warning, and ranks
-
-MicroBatches = list[list[int]]  # sequence ids of each micro batch of one rank; -1: empty
 
 
 def losses_not_finite(micro_losses: list[torch.Tensor]) -> tuple[tuple[int, int], ...]:
@@ -34,19 +30,13 @@ def losses_not_finite(micro_losses: list[torch.Tensor]) -> tuple[tuple[int, int]
 
 @dataclass
 class BadSteps:
-    """Writes down the steps that were left out. Every rank makes one; rank 0 writes.
-
-    Args:
-        sequences: (step counted from 0, rank) -> that rank's micro batches; the order is a function of the step, so
-            any rank can say what another one had.
-    """
+    """Writes down the steps that were left out. Every rank makes one and calls it; rank 0 writes."""
 
     run_dir: Path
-    store: "TokenStore"
-    sequences: "Callable[[int, int], MicroBatches]"
-    world_size: int
+    feed: Feed
+    device: torch.device
     writes: bool
-    warn: "Callable[[str], None]"
+    warn: Callable[[str], None]
     _cannot_write: bool = field(default=False, repr=False)
 
     @property
@@ -63,17 +53,15 @@ class BadSteps:
 
     def not_applied(self, number: int, step: Step, in_row: int) -> None:
         """Step `number`, counted from 1, had a loss or gradient that is not finite."""
-        named = list(step.not_finite)
-        places = self.store.places()
+        records = self._records(number)
         losses = [
-            {"rank": rank, "micro_batch": index, "records": self._records(number, rank, [index], places)}
-            for rank, index in named
+            {"rank": rank, "micro_batch": index, "records": records[rank][index]} for rank, index in step.not_finite
         ]
         row: dict[str, Any] = {"reason": "not finite", "loss": finite(step.loss), "grad_norm": finite(step.grad_norm)}
         if losses:
             row["losses"] = losses
         else:
-            row |= {"gradients_only": True, "records": self._all_records(number, places)}
+            row |= {"gradients_only": True, "records": _all(records)}
         self._write({"step": number, **row})
         self.warn(
             f"step {number}: loss {step.loss}, gradient norm {step.grad_norm}: not finite, so the weights were left as "
@@ -83,19 +71,12 @@ class BadSteps:
 
     def passed_over(self, number: int) -> None:
         """Step `number` is not trained on: a loss spiked in it, or just after it, before the run was rolled back."""
-        records = self._all_records(number, self.store.places()) if self.writes else []
+        records = _all(self._records(number))
         self._write({"step": number, "reason": "passed over after a loss spike", "records": records})
 
-    def _records(self, number: int, rank: int, micro_batches: list[int], places: list[str]) -> list[str]:
-        """Where the records of some micro batches came from, file.jsonl:12."""
-        had, starts = self.sequences(number - 1, rank), self.store.sequences
-        ids = [sequence for index in micro_batches for sequence in had[index] if sequence >= 0]
-        return [place for sequence in ids for place in places[starts[sequence] : starts[sequence + 1]]]
-
-    def _all_records(self, number: int, places: list[str]) -> list[str]:
-        ranks = range(self.world_size)
-        all_of = [list(range(len(self.sequences(number - 1, rank)))) for rank in ranks]
-        return [place for rank in ranks for place in self._records(number, rank, all_of[rank], places)]
+    def _records(self, number: int) -> list[list[list[str]]]:
+        """Where the records of a step came from, file.jsonl:12: of each rank, and of each of its micro batches."""
+        return [json.loads(text) for text in gather_texts(json.dumps(self.feed.names(number - 1)), self.device)]
 
     def _write(self, row: dict[str, Any]) -> None:
         if not self.writes:
@@ -111,6 +92,10 @@ class BadSteps:
         if not self._cannot_write:
             self._cannot_write = True
             self.warn(f"{self.path} cannot be written ({error}); training goes on.")
+
+
+def _all(records: list[list[list[str]]]) -> list[str]:
+    return [place for rank in records for micro_batch in rank for place in micro_batch]
 
 
 def _words(losses: list[dict[str, Any]]) -> str:

@@ -1,88 +1,61 @@
 """What watches over the steps: bad ones, loss spikes, slow ranks, and weights that change by themselves."""
 
 from tunesmith.train.config.config import OnSpike
-from tunesmith.train.data.order import split_global_batch
 from tunesmith.train.errors import TrainingError
-from tunesmith.train.ranks.progress import corrupted
 from tunesmith.train.ranks.state import Step
 from tunesmith.train.run.guards import rollback
-from tunesmith.train.run.guards.bad_steps import SKIPPED_FILE, BadSteps, MicroBatches
+from tunesmith.train.run.guards.bad_steps import SKIPPED_FILE, BadSteps
 from tunesmith.train.run.guards.replicas import Replicas
 from tunesmith.train.run.guards.spikes import Spike, find_spike, remember
 from tunesmith.train.run.guards.stragglers import BusyClock, Stragglers, host_names
-from tunesmith.train.run.setup import Run
-from tunesmith.train.zero.sharding import local_part
+from tunesmith.train.run.setup import Run, Session
 
 
 class Guards:
-    """Every rank makes one at the same time, with the run as it stands before its next step."""
+    """Every rank makes one at the same time, with the session as it stands before its next step."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        epochs = run.config.schedule.epochs
-        self._samples = run.order.num_samples(epochs) if epochs else None
-        hosts = host_names(run.engine.device)
-        self.busy = BusyClock(run.engine.device, forward_waits=run.config.engine.stage == 3)
+    def __init__(self, run: Run, session: Session) -> None:
+        self._run = run
+        self._session = session
+        hosts = host_names(run.device)
+        self.busy = BusyClock(run.device, forward_waits=run.config.engine.stage == 3)
         self._stragglers = Stragglers(hosts)
         self._replicas = self._make_replicas(hosts)
-        self._bad_steps = BadSteps(
-            run.run_dir, run.data.train, self.sequences, run.world.world_size, run.world.rank == 0, run.reporter.warn
-        )
-        self._bad_steps.begin(run.state.step)
-
-    def sequences(self, step: int, rank: int) -> MicroBatches:
-        """A rank's micro batches of a step, counted from 0, as ids of sequences."""
-        return split_global_batch(
-            self.run.order.global_batch(step, self._samples),
-            self.run.data.train.lengths,
-            micro_batch_size=self.run.config.batch.micro_batch_size,
-            rank=rank,
-            world_size=self.run.world.world_size,
-        )
-
-    def passes_over_next(self) -> bool:
-        """Whether the next step is one that is not trained on; if so, counts it as done. Needs no other rank."""
-        state = self.run.state
-        if state.step + 1 not in state.passed_over:
-            return False
-        state.step += 1
-        state.skipped_steps += 1
-        self._bad_steps.passed_over(state.step)
-        return True
+        self.bad_steps = BadSteps(run.run_dir, run.feed, run.device, run.world.rank == 0, run.reporter.warn)
+        self.bad_steps.begin(session.state.step)
 
     def before_update(self) -> None:
         """Gradients are ready and the weights still are those of the forward. Raises TrainingError on all ranks."""
-        corrupted(local_part(next(self.run.engine.module.parameters())))
-        every, number = self.run.config.cluster.check_replicas_every, self.run.state.step + 1
+        every, number = self._run.config.cluster.check_replicas_every, self._session.state.step + 1
         if self._replicas is not None and every and number % every == 0:
             self._replicas.check(number)
 
     def after_step(self, step: Step, seconds: float) -> None:
         """A step is done and counted. Raises TrainingError or RollBack, on all ranks alike."""
+        state = self._session.state
         for slow in self._stragglers.add(step.verdict.busy_seconds, seconds):
-            self.run.reporter.warn(f"step {self.run.state.step}: {slow}")
+            self._run.reporter.warn(f"step {state.step}: {slow}")
         if not step.applied:
             self._check_skips(step)
-        state, settings = self.run.state, self.run.config.optimizer
-        spike = find_spike(step.loss, state.losses, settings.spike_sigma)
+        spike = find_spike(step.loss, state.losses, self._run.config.optimizer.spike_sigma)
         remember(state.losses, step.loss)
         if spike:
             self._meet(spike)
 
     def _check_skips(self, step: Step) -> None:
-        state, limit = self.run.state, self.run.config.optimizer.max_skipped_steps
-        self._bad_steps.not_applied(state.step, step, state.skipped_in_row)
+        state, limit = self._session.state, self._run.config.optimizer.max_skipped_steps
+        self.bad_steps.not_applied(state.step, step, state.skipped_in_row)
         if state.skipped_in_row >= limit:
             raise TrainingError(
                 f"{limit} steps in a row had a loss or gradient that is not finite.",
                 at=f"step {state.step}",
                 do="lower optimizer.learning_rate, use engine.precision=bf16 instead of fp16, or look at the data of "
-                f"these steps, which {self._bad_steps.path} lists; optimizer.max_skipped_steps sets the limit.",
+                f"these steps, which {self.bad_steps.path} lists; optimizer.max_skipped_steps sets the limit.",
             )
 
     def _meet(self, spike: Spike) -> None:
         """Does what optimizer.on_spike says. Every rank has the same loss, and so comes here at the same step."""
-        state, settings, warn = self.run.state, self.run.config.optimizer, self.run.reporter.warn
+        state, settings, warn = self._session.state, self._run.config.optimizer, self._run.reporter.warn
         if settings.on_spike is OnSpike.warn:
             warn(f"step {state.step}: {spike} (optimizer.on_spike=warn)")
             return
@@ -92,7 +65,7 @@ class Guards:
                 at=f"step {state.step}, optimizer.on_spike=stop",
                 do="lower optimizer.learning_rate, or let optimizer.on_spike=rollback pass over such steps.",
             )
-        back = rollback.decide(self.run, spike)
+        back = rollback.decide(spike, state, self._session.checkpoints, settings.max_rollbacks, self._run.device)
         if back is None:
             warn(f"step {state.step}: {spike}; there is no checkpoint before it to go back to, so training goes on")
             return
@@ -104,12 +77,12 @@ class Guards:
         raise back
 
     def _make_replicas(self, hosts: list[str]) -> Replicas | None:
-        if not self.run.config.cluster.check_replicas_every:
+        if not self._run.config.cluster.check_replicas_every:
             return None
-        replicas = Replicas(self.run.engine, hosts)
+        replicas = Replicas(self._session.engine, hosts)
         if replicas.num_compared < replicas.num_tensors:
             compared = replicas.num_compared or "none"
-            self.run.reporter.note(
+            self._run.reporter.note(
                 f"cluster.check_replicas_every: {compared} of {replicas.num_tensors} weights can be checked; the "
                 "others are split over the ranks, and nothing else holds them"
             )

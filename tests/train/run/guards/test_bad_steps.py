@@ -42,34 +42,30 @@ def spoiled_run(rank: Any, overrides: list[str], run_dir: str, faults: str, pois
     import torch
 
     from tunesmith.train.errors import TrainingError
-    from tunesmith.train.ranks.fault_plan import FaultPlan, parse
     from tunesmith.train.ranks.progress import progress
-    from tunesmith.train.run.loop import Loop
 
     had: list[list[list[str]]] = []  # of this rank: step, micro batch, records
     error = ""
-    with rank.ready(overrides, run_dir) as (run, recorder):
-        store, places, loop = run.data.train, run.data.train.places(), Loop(run)
+    with rank.ready(overrides, run_dir) as (loop, recorder):
+        store, places = loop.run.data.train, loop.run.data.train.places()
         tokens = [store.record(index)[0].tolist() for index in range(store.num_records)]
         for step in range(5):
-            had.append([records_in(batch, tokens, places) for batch in loop.micro_batches(step)])
+            had.append([records_in(batch, tokens, places) for batch in loop.run.feed.batches(step)])
         if poison_gradients:
-            weight = next(p for p in run.engine.module.parameters() if p.requires_grad)
+            weight = next(p for p in loop.session.engine.module.parameters() if p.requires_grad)
             weight.register_hook(lambda gradient: gradient * torch.nan if progress.step == 2 else gradient)
-        progress.plan = FaultPlan([parse(fault) for fault in faults.split(";") if fault], rank.world.rank)
-        try:
-            loop.train()
-        except TrainingError as found:
-            error = str(found)
-        finally:
-            progress.plan = None
+        with rank.faults(loop, faults):
+            try:
+                loop.train()
+            except TrainingError as found:
+                error = str(found)
     return {"had": had, "warnings": recorder.warnings, "error": error, "steps": [s.applied for s in recorder.steps]}
 
 
 def records_in(batch: Any, tokens: list[list[int]], places: list[str]) -> list[str]:
     """The places of the records whose tokens a micro batch holds, found by their tokens alone."""
     found = []
-    for ids, positions in zip(batch.input_ids.tolist(), batch.position_ids.tolist(), strict=True):
+    for ids, positions in zip(batch.inputs["input_ids"].tolist(), batch.inputs["position_ids"].tolist(), strict=True):
         starts = [index for index, position in enumerate(positions) if position == 0] + [len(ids)]
         for start, end in itertools.pairwise(starts):
             same = [places[index] for index, own in enumerate(tokens) if own == ids[start:end]]
@@ -146,17 +142,13 @@ def good_steps(rank: Any, overrides: list[str]) -> int:
     """On every rank: the collectives of a good step that this project calls itself."""
     import torch.distributed as dist
 
-    from tunesmith.train.run.loop import Loop
-
-    with rank.ready(overrides) as (run, _):
-        run.engine.train()
-        loop = Loop(run)
-        loop._one_step()
+    with rank.ready(overrides) as (loop, _):
+        loop.step()
         called = []
         gather = dist.all_gather
         dist.all_gather = lambda *a, **k: called.append("gather") or gather(*a, **k)
         try:
-            loop._one_step()
+            loop.step()
         finally:
             dist.all_gather = gather
     return len(called)

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.train.run.loop import Loop
-
 OVERRIDES = (
     "+exp=debug",
     "engine=ddp",
@@ -17,29 +15,23 @@ OVERRIDES = (
 )
 
 
-class ScriptedLoop(Loop):
-    """A loop whose evaluations give the losses of a script; everything else is real."""
-
-    def __init__(self, run, script):
-        super().__init__(run)
-        self.script = iter(script)
-        self.evaluated_at = []
-
-    def measure(self):
-        self.evaluated_at.append(self.run.state.step)
-        return super().measure() | {"eval/loss": next(self.script)}
-
-
 def follow(rank, overrides: list[str], run_dir: str, script: list[float]) -> dict[str, object]:
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    with rank.ready(overrides, run_dir) as (run, _):
-        loop = ScriptedLoop(run, script)
+    from dataclasses import replace
+
+    from worker import ScriptedObjective
+
+    from tunesmith.train.run.loop import Loop
+
+    with rank.ready(overrides, run_dir) as (made, _):
+        objective = ScriptedObjective(made, script)
+        loop = Loop(replace(made.run, objective=objective), made.session)
         loop.train()
         return {
-            "evaluated_at": loop.evaluated_at,
-            "steps": run.state.step,
-            "best": [run.state.best_step, run.state.best_eval_loss],
-            "kept": run.checkpoints.steps(),
+            "evaluated_at": objective.evaluated_at,
+            "steps": loop.session.state.step,
+            "best": [loop.session.state.best_step, loop.session.state.best_metric],
+            "kept": loop.session.checkpoints.steps(),
             "drafts": sorted(path.name for path in Path(run_dir, "best").iterdir() if path.is_dir()),
         }
 
@@ -79,6 +71,13 @@ def test_the_last_step_is_evaluated_once(scripted):
     found = scripted([2.0, 1.0], "schedule.max_steps=5", "evaluate.every_steps=3", "checkpoint.every_steps=null")
     assert found["evaluated_at"] == [3, 5]
     assert found["kept"] == [5]
+
+
+def test_another_figure_can_decide_and_be_better_when_it_is_higher(scripted):
+    found = scripted(
+        [3.0, 1.0], "schedule.max_steps=4", "evaluate.every_steps=2", "evaluate.metric_goal=max", "evaluate.patience=1"
+    )
+    assert found["best"] == [2, 3.0]
 
 
 def test_a_nan_eval_loss_is_never_the_best(scripted):

@@ -42,21 +42,15 @@ def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Pa
 def flipped_run(rank: Any, overrides: list[str], fault: str) -> dict[str, Any]:
     """On every rank: a run in which a bit flips, and how it ended."""
     from tunesmith.train.errors import TrainingError
-    from tunesmith.train.ranks.fault_plan import FaultPlan, parse
-    from tunesmith.train.ranks.progress import progress
-    from tunesmith.train.run.loop import Loop
 
-    error, notes = "", []
-    with rank.ready(overrides) as (run, recorder):
-        recorder.note = notes.append
-        progress.plan = FaultPlan([parse(fault)] if fault else [], rank.world.rank)
-        try:
-            Loop(run).train()
-        except TrainingError as found:
-            error = str(found)
-        finally:
-            progress.plan = None
-        return {"error": error, "step": run.state.step, "notes": notes, "losses": recorder.losses}
+    error = ""
+    with rank.ready(overrides) as (loop, recorder):
+        with rank.faults(loop, fault):
+            try:
+                loop.train()
+            except TrainingError as found:
+                error = str(found)
+        return {"error": error, "step": loop.session.state.step, "notes": recorder.notes, "losses": recorder.losses}
 
 
 @pytest.mark.row(27)

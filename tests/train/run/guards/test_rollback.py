@@ -61,13 +61,12 @@ def spiked_run(rank: Any, overrides: list[str], run_dir: str, faults: str, leave
     from worker import Recorder
 
     from tunesmith.train.config.compose import compose_config
-    from tunesmith.train.data.prepare import prepare
-    from tunesmith.train.data.tokenizer import load_tokenizer
     from tunesmith.train.errors import TrainingError
     from tunesmith.train.ranks.fault_plan import FaultPlan, parse
     from tunesmith.train.ranks.progress import progress
-    from tunesmith.train.run.run import train_to_end
-    from tunesmith.train.run.setup import set_up
+    from tunesmith.train.run.loop import Loop
+    from tunesmith.train.run.setup import open_session
+    from tunesmith.train.run.training import go_back, until_rollback
 
     class Left(Exception):
         pass
@@ -81,26 +80,21 @@ def spiked_run(rank: Any, overrides: list[str], run_dir: str, faults: str, leave
             if len(trained) == leave_after:
                 raise Left
 
-    config = compose_config(overrides).config
-    tokenizer = load_tokenizer(config.model, config.data)
-    data = prepare(config, tokenizer, show_progress=False)
     recorder = Leaver()
-
-    def make() -> Any:
-        return set_up(config, rank.world, rank.device, Path(run_dir), tokenizer, data, recorder)
-
+    run = rank.made(compose_config(overrides).config, Path(run_dir), recorder)
     progress.plan = FaultPlan([parse(fault) for fault in faults.split(";") if fault], rank.world.rank)
-    run, error = make(), ""
-    started_at = run.state.step
+    loop, error = Loop(run, open_session(run)), ""
+    started_at = loop.session.state.step
     try:
-        train_to_end(run, make)
+        while back := until_rollback(loop):
+            loop = go_back(loop, back)
     except Left:
         pass
     except TrainingError as found:
         error = str(found)
     finally:
         progress.plan = None
-        run.engine.close()
+        loop.close()
     return {
         "started_at": started_at,
         "trained": trained,
@@ -108,9 +102,9 @@ def spiked_run(rank: Any, overrides: list[str], run_dir: str, faults: str, leave
         "learning_rates": recorder.learning_rates,
         "warnings": recorder.warnings,
         "error": error,
-        "step": run.state.step,
-        "skipped": run.state.skipped_steps,
-        "checkpoints": run.checkpoints.steps(),
+        "step": loop.session.state.step,
+        "skipped": loop.session.state.skipped_steps,
+        "checkpoints": loop.session.checkpoints.steps(),
     }
 
 

@@ -74,17 +74,10 @@ def test_noise_is_named_at_most_once_in_a_thousand_steps(num_ranks: int, kind: s
 
 def slept(rank: Any, overrides: list[str], faults: str) -> dict[str, Any]:
     """On every rank: a run in which one rank sleeps, what it was told, and the busy seconds of each rank and step."""
-    from tunesmith.train.ranks.fault_plan import FaultPlan, parse
-    from tunesmith.train.ranks.progress import progress
-    from tunesmith.train.run.loop import Loop
-
-    with rank.ready(overrides) as (run, recorder):
-        progress.plan = FaultPlan([parse(fault) for fault in faults.split(";") if fault], rank.world.rank)
+    with rank.ready(overrides) as (loop, recorder):
         started = time.monotonic()
-        try:
-            Loop(run).train()
-        finally:
-            progress.plan = None
+        with rank.faults(loop, faults):
+            loop.train()
     busy = [step.verdict.busy_seconds for step in recorder.steps]
     return {"warnings": recorder.warnings, "busy": busy, "seconds": time.monotonic() - started}
 

@@ -1,0 +1,69 @@
+"""Which batches a step has. The loop asks a feed for them, and whoever reports about a step asks it for their names."""
+
+from typing import Protocol
+
+import torch
+
+from tunesmith.train.config.config import Config, Packing
+from tunesmith.train.data.order import GlobalOrder, split_global_batch
+from tunesmith.train.data.store import Batch, TokenStore
+from tunesmith.train.ranks.distributed import World
+
+
+class Feed(Protocol):
+    """This rank's batches of each step, counted from 0. Position is the step: a resumed run asks for it directly."""
+
+    total_steps: int
+
+    def batches(self, step: int) -> list[Batch]:
+        """As many on every rank, on the device."""
+
+    def names(self, step: int) -> list[list[str]]:
+        """Where the records of each of those batches came from, file.jsonl:12."""
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the data done before a step."""
+
+
+class StoredFeed:
+    """Prepared data in an order that is a function of seed and step alone."""
+
+    def __init__(
+        self, config: Config, store: TokenStore, world: World, device: torch.device, *, pad_token_id: int
+    ) -> None:
+        self._store = store
+        self._world = world
+        self._device = device
+        self._pad_token_id = pad_token_id
+        self._micro_batch_size = config.batch.micro_batch_size
+        self._order = GlobalOrder(
+            store.num_sequences,
+            global_batch_size=config.batch.global_batch_size,
+            seed=config.seed,
+            lengths=store.lengths if config.batch.packing is Packing.none else None,  # like lengths side by side
+        )
+        epochs = config.schedule.epochs
+        self._num_samples = self._order.num_samples(epochs) if epochs else None
+        self.total_steps = config.schedule.max_steps or self._order.steps_for(epochs or 0)
+
+    def batches(self, step: int) -> list[Batch]:
+        return [
+            self._store.batch(ids, pad_token_id=self._pad_token_id).to(self._device) for ids in self._sequences(step)
+        ]
+
+    def names(self, step: int) -> list[list[str]]:
+        places = self._store.places()
+        return [self._store.places_of(ids, places) for ids in self._sequences(step)]
+
+    def epoch_at(self, step: int) -> float:
+        return self._order.epoch_at(step)
+
+    def _sequences(self, step: int) -> list[list[int]]:
+        """Ids of the sequences of each micro batch; -1: an empty one."""
+        return split_global_batch(
+            self._order.global_batch(step, self._num_samples),
+            self._store.lengths,
+            micro_batch_size=self._micro_batch_size,
+            rank=self._world.rank,
+            world_size=self._world.world_size,
+        )
