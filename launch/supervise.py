@@ -26,12 +26,12 @@ from types import FrameType
 
 from tunesmith.launch.arguments import main, take_option
 from tunesmith.launch.attempt import Attempt
+from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
+from tunesmith.train.ranks.fault_plan import RESTART
 from tunesmith.train.ranks.stop import SIGNALS, end
 
 LONGEST_BACKOFF = 300.0
-CHECKPOINT = re.compile(r"step-(\d{6,})")
-RESTART = "TUNESMITH_RESTART"  # environment: how many attempts there were before this one
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,6 @@ def with_output_dir(command: Sequence[str]) -> tuple[list[str], Path]:
         return list(command), Path(named[-1].strip("'\"")).expanduser().absolute()
     folder = Path("runs", f"supervised-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     return [*command, f"output_dir={folder}"], folder
-
-
-def newest_checkpoint(folder: Path) -> int:
-    """Step of the newest checkpoint that was written whole; 0 without one."""
-    found = [(CHECKPOINT.fullmatch(path.parent.name)) for path in folder.glob("checkpoints/step-*/MANIFEST.json")]
-    return max((int(match[1]) for match in found if match), default=0)
 
 
 class Supervisor:

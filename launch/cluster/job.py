@@ -26,7 +26,7 @@ from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.outcome import Outcome, cause_of_failure, ends_of, ill, mistake, named_by_the_run
 from tunesmith.launch.cluster.srun import Srun
 from tunesmith.launch.cluster.standing import CONTROLLER_SECONDS, RETRY_SECONDS, Standing
-from tunesmith.launch.supervise import newest_checkpoint
+from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
 from tunesmith.train.files import run_folder
 from tunesmith.train.files.fence import fence, token_from_environment

@@ -16,8 +16,9 @@ import yaml
 
 from tunesmith.launch.cluster.job_folder import JobFolder, find_job, run_folder_of, tail_rows
 from tunesmith.launch.cluster.queue import job_facts
-from tunesmith.launch.supervise import newest_checkpoint
+from tunesmith.train.checkpoint.step_folders import newest_checkpoint, step_folder
 from tunesmith.train.errors import ConfigError, TrainingError
+from tunesmith.train.files import manifest
 from tunesmith.train.redact import redact_text
 from tunesmith.train.track.console import duration
 
@@ -118,9 +119,9 @@ def _checkpoint(run: Path) -> Tree | None:
     step = newest_checkpoint(run)
     if not step:
         return None
-    path = run / "checkpoints" / f"step-{step:06d}"
+    path = step_folder(run, step)
     with contextlib.suppress(OSError):  # it may be pruned meanwhile
-        return {"step": step, "path": str(path), "time": (path / "MANIFEST.json").stat().st_mtime}
+        return {"step": step, "path": str(path), "time": (path / manifest.NAME).stat().st_mtime}
     return None
 
 

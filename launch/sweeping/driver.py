@@ -8,7 +8,6 @@ from types import FrameType
 
 from optuna.trial import Trial, TrialState
 
-from tunesmith.launch.supervise import newest_checkpoint
 from tunesmith.launch.sweeping.hydra_part import check_trial
 from tunesmith.launch.sweeping.outcome import Outcome, curve, outcome_of
 from tunesmith.launch.sweeping.places import Attempt, NotNow, Place, has_job, is_busy
@@ -17,6 +16,7 @@ from tunesmith.launch.sweeping.report import experiment_commands, write_report
 from tunesmith.launch.sweeping.result import best_trials
 from tunesmith.launch.sweeping.settings import Pruner
 from tunesmith.launch.sweeping.trials import ENDED, Trials, begin_attempt, end_attempt, seconds_of, spans_of
+from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.errors import TunesmithError
 from tunesmith.train.ranks.stop import SIGNALS

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from tunesmith.launch.sweeping.plan import OWN_KEYS, Plan
 from tunesmith.train.config.compose import compose_config, compose_tree, group_options
 from tunesmith.train.config.origins import CONF_DIR
-from tunesmith.train.files.rows import write_atomically
+from tunesmith.train.files.durable import write_atomically
 
 HEAD = "# @package _global_\n"
 

@@ -19,7 +19,7 @@ from tunesmith.train.config.compose import compose_config
 from tunesmith.train.config.config import ClusterKind, Config, Device
 from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.files.rows import write_atomically
+from tunesmith.train.files.durable import write_atomically
 
 DEFINITION = "definition.json"  # in the sweep's folder: what is searched, which a second command must share
 LONGEST_NAME = 80  # characters of the run's name in those of its trials and of the sweep; a name has at most 100

@@ -13,7 +13,7 @@ from tunesmith.launch.sweeping.page import render_page
 from tunesmith.launch.sweeping.plan import Plan
 from tunesmith.launch.sweeping.result import Result, Row, read_result
 from tunesmith.launch.sweeping.trials import Trials
-from tunesmith.train.files.rows import write_atomically
+from tunesmith.train.files.durable import write_atomically
 from tunesmith.train.redact import redact
 from tunesmith.train.track.console import duration, figure
 

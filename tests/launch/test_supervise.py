@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from tunesmith.launch.attempt import Ended
-from tunesmith.launch.supervise import newest_checkpoint, read, with_output_dir
+from tunesmith.launch.supervise import read, with_output_dir
+from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

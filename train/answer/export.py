@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from tunesmith.train.config.config import AdapterKind, Config
 from tunesmith.train.data.render import stop_token_ids
 from tunesmith.train.errors import TrainingError
+from tunesmith.train.files.durable import write_json
 from tunesmith.train.files.fence import fence
-from tunesmith.train.files.run_folder import write_json
 from tunesmith.train.model.load import open_model
 from tunesmith.train.model.weights import fill
 from tunesmith.train.paths import resolve_path

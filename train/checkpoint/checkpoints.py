@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunesmith.train.checkpoint import conversion
-from tunesmith.train.checkpoint.find import FOLDER, Found, make_way, published, set_aside_after, step_folder
+from tunesmith.train.checkpoint.find import Found, make_way, set_aside_after
 from tunesmith.train.checkpoint.publish import point_to, prune, publish
 from tunesmith.train.checkpoint.random_state import load_random_state, random_state_files, seed_rank
+from tunesmith.train.checkpoint.step_folders import FOLDER, published, step_folder, step_of
 from tunesmith.train.config.config import CheckpointConfig
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files import durable
@@ -211,7 +212,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a published checkpoint, oldest first."""
-        return sorted(int(path.name.removeprefix("step-")) for path in published(self.run_dir))
+        return sorted(map(step_of, published(self.run_dir)))
 
     def newest(self) -> Path | None:
         return self._path(self.saved_step) if self.saved_step is not None else None

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from tunesmith.train.errors import TrainingError
-from tunesmith.train.files.durable import digest_of
-from tunesmith.train.files.run_folder import OURS
+from tunesmith.train.files import manifest
+from tunesmith.train.files.durable import OURS, digest_of
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.phases import Phase
@@ -27,7 +27,6 @@ from tunesmith.train.ranks.progress import reach
 from tunesmith.train.zero import shards as engine_shards
 
 PREFIX = f"{OURS}universal-"
-MANIFEST = "MANIFEST.json"
 POLL_SECONDS = 2.0  # between two agreements of the ranks: none waits in a collective for as long as a conversion takes
 RUNNING, DONE, FAILED = 0.0, 1.0, 2.0
 
@@ -94,7 +93,7 @@ def start(checkpoint: Path, engine_folder: Path, run_dir: Path, world: World) ->
 
     The checkpoint's own files must have been checked. Every rank calls it; only rank 0 does something.
     """
-    target = run_dir / f"{PREFIX}{checkpoint.name}-{digest_of(checkpoint / MANIFEST).sha256[:16]}"
+    target = run_dir / f"{PREFIX}{checkpoint.name}-{digest_of(checkpoint / manifest.NAME).sha256[:16]}"
     if world.rank != 0:
         return Conversion(checkpoint, target, None)
     forget(run_dir, keep=target)

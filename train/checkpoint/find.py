@@ -7,7 +7,6 @@ A run that has checkpoints and cannot use any is refused: starting over without 
 import contextlib
 import json
 import os
-import re
 import secrets
 import stat
 from collections.abc import Callable
@@ -17,15 +16,13 @@ from typing import Any
 
 import torch
 
+from tunesmith.train.checkpoint.step_folders import FOLDER, STALE, STEP_FOLDER, published, step_of
 from tunesmith.train.config.config import ResumeConfig
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files import durable, manifest
 from tunesmith.train.files.manifest import Manifest, ManifestError, OtherFormat
 from tunesmith.train.ranks.distributed import World, broadcast_text, first_problem
 
-FOLDER = "checkpoints"  # in the run folder
-STEP_FOLDER = re.compile(r"step-(\d{6,})")
-STALE = re.compile(r"step-\d{6,}\.tmp-[0-9a-f]+")  # of a save that was never finished
 OWNER = "owner"  # in resume.allow
 UNREADABLE = "mend that and start again: the checkpoints stay as they are."
 Warn = Callable[[str], None]
@@ -41,17 +38,6 @@ class Found:
 
 class Untrusted(Exception):
     """A checkpoint that somebody else may have written."""
-
-
-def step_folder(run_dir: Path, step: int) -> Path:
-    return run_dir / FOLDER / f"step-{step:06d}"
-
-
-def published(run_dir: Path) -> list[Path]:
-    """Folders of published checkpoints, newest first; whether they are whole is another question."""
-    folder = run_dir / FOLDER
-    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def check_source(resume: ResumeConfig, run_dir: Path) -> None:
@@ -108,7 +94,7 @@ def remove_stale(run_dir: Path) -> None:
 
 def set_aside_after(run_dir: Path, step: int) -> list[str]:
     """Renames the checkpoints of later steps; names those that it could not. Rank 0 only."""
-    later = [path for path in published(run_dir) if int(path.name.removeprefix("step-")) > step]
+    later = [path for path in published(run_dir) if step_of(path) > step]
     return [path.name for path in later if not _set_aside(path)]
 
 

@@ -47,10 +47,6 @@ def identity(config: Config, world: World, data: PreparedData) -> Identity:
         noted=plain({name: values[name] for name in sorted(NOTED)}),
         world_size=world.world_size,
         layout=plain(engine_universal.layout(config, world.world_size)),
-        stage=config.engine.stage,
-        accumulation=config.batch.gradient_accumulation_steps(world.world_size),
-        precision=str(config.engine.precision),
-        config_sha256=_sha256(plain(asdict(config))),
     )
 
 

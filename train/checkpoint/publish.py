@@ -6,7 +6,7 @@ import secrets
 import time
 from pathlib import Path
 
-from tunesmith.train.checkpoint.find import published
+from tunesmith.train.checkpoint.step_folders import published, step_of
 from tunesmith.train.config.config import CheckpointConfig
 from tunesmith.train.files import durable, manifest
 from tunesmith.train.files.background_writer import list_name
@@ -48,7 +48,7 @@ def prune(run_dir: Path, settings: CheckpointConfig, *, keep: set[Path | None], 
     """Removes the checkpoints that are not to be kept. Raises OSError."""
     every = settings.keep_every_steps
     for path in published(run_dir)[settings.keep_last :]:
-        step = int(path.name.removeprefix("step-"))
+        step = step_of(path)
         if path in keep or step == best_step or (every and step % every == 0):
             continue
         removed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")

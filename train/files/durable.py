@@ -19,6 +19,7 @@ from tunesmith.train.ranks.progress import progress
 
 BUFFER_BYTES = 1 << 20  # torch.save writes a header and padding for each tensor; larger writes go past the buffer
 COMMITS = ("rename", "mkdir", "unlink")  # what only the newest attempt at a run may do (fence.py)
+OURS = ".tunesmith-"  # start of the names that make no run folder look used (run_folder.py)
 FILE_MODE, FOLDER_MODE = 0o644, 0o755  # whatever the umask allows: a checkpoint that others may write is refused later
 
 
@@ -114,11 +115,16 @@ def write_bytes(path: Path, data: bytes) -> FileDigest:
     return write_file(path, lambda file: file.write(data))
 
 
-def write_json(path: Path, tree: object) -> None:
-    """A file that is the old one or the new one at any moment."""
-    staged = path.with_name(f".{path.name}.staged")
-    write_bytes(staged, json_bytes(tree))
+def write_atomically(path: Path, content: bytes) -> None:
+    """A file that is the old one or the new one at any moment. Raises OSError, and Superseded (fence.py)."""
+    fence.check()  # nothing is left behind by an attempt that has lost the folder
+    staged = path.with_name(f"{OURS}{path.name}.staged")
+    write_bytes(staged, content)
     replace(staged, path)
+
+
+def write_json(path: Path, tree: object) -> None:
+    write_atomically(path, json_bytes(tree))
 
 
 def json_bytes(tree: object) -> bytes:

@@ -83,12 +83,14 @@ class Fence:
 
         Raises OSError, and Superseded when a later start of the same job has it.
         """
+        from tunesmith.train.files.durable import write_atomically  # here: each of its writes asks the fence
+
         there = token_in(folder)
         if there is not None and there.launch == token.launch and there.restart > token.restart:
             raise _superseded(there, token, folder)
         self.leave()
         if there != token:
-            _write(folder / FILE, json.dumps(asdict(token)).encode())
+            write_atomically(folder / FILE, json.dumps(asdict(token)).encode())
         self.join(folder, token)
 
     def join(self, folder: Path, token: Token) -> None:
@@ -131,13 +133,3 @@ fence = Fence()
 def _superseded(there: Token, token: Token | None, folder: Path) -> Superseded:
     what = f"{there} has taken over this run; this attempt ({token}) stops without writing."
     return Superseded(what, at=str(folder), do="nothing: the newer attempt goes on.")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all. Not through durable.py or rows.py, which ask the fence."""
-    staged = path.with_name(f"{path.name}.tmp")
-    with staged.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)

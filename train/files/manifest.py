@@ -11,7 +11,8 @@ from typing import Any
 from tunesmith.train.files.durable import FileDigest, json_bytes
 
 NAME = "MANIFEST.json"
-FORMAT_VERSION = 2  # raise it when older code cannot read what this code writes
+FORMAT_VERSION = 3  # raise it when older code cannot read what this code writes
+FORMATS_READ = (2, FORMAT_VERSION)  # 2 names four more things of the run, which nothing compares
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "numpy")
 
 
@@ -34,10 +35,6 @@ class Identity:
     noted: dict[str, Any]  # settings that may change, with a line that says so
     world_size: int
     layout: dict[str, Any]  # all that decides how the engine's files are cut (engine_universal.py)
-    stage: int
-    accumulation: int
-    precision: str
-    config_sha256: str  # of the whole training config
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,9 @@ def parse_manifest(written: bytes) -> Manifest:
         raise ManifestError(f"{NAME} is damaged") from None
     if digest != _digest(tree) or written != json_bytes(tree | {"sha256": digest}):
         raise ManifestError(f"{NAME} is damaged: its own digest does not fit")
-    if found_format != FORMAT_VERSION:
-        raise OtherFormat(f"its format is {found_format}, and this Tunesmith reads format {FORMAT_VERSION}")
+    if found_format not in FORMATS_READ:
+        read = " and ".join(map(str, FORMATS_READ))
+        raise OtherFormat(f"its format is {found_format}, and this Tunesmith reads formats {read}")
     try:
         return _from_tree(tree)
     except (KeyError, TypeError, ValueError):

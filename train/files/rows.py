@@ -2,13 +2,12 @@
 
 import contextlib
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from tunesmith.train.files.fence import fence
+from tunesmith.train.files.durable import write_atomically
 
 
 def finite(value: float | None) -> float | None:
@@ -28,17 +27,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             if isinstance(row, dict) and "step" in row:
                 rows.append(row)
     return rows
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A file that is the old one or the new one at any moment. Raises OSError, and Superseded (fence.py)."""
-    fence.check()
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

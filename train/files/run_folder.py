@@ -1,4 +1,4 @@
-"""The run folder: its name, whether it can be written, and files that are written whole or not at all."""
+"""The run folder: its name, whether it can be used and written, and who holds it."""
 
 import json
 import os
@@ -11,17 +11,13 @@ from filelock import FileLock, Timeout
 
 from tunesmith.train.config.config import Config
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.files import durable
-from tunesmith.train.files.durable import write_json
+from tunesmith.train.files.durable import OURS, write_atomically
 from tunesmith.train.files.fence import Token, supersedes
-
-__all__ = ["write_json"]
 
 MODEL = "model"  # what the run leaves behind
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 JOB = "job"  # what launch/slurm.py puts there before the run has begun
-OURS = ".tunesmith-"  # start of the names of a folder's lock, and of what is made to see whether it can be written
 SPARE_BYTES = 256 * 2**20  # for metrics, the report and W&B's files
 
 
@@ -103,9 +99,7 @@ def create(folder: Path, config_yaml: str, held: FileLock | None = None) -> File
     folder.mkdir(parents=True, exist_ok=True)
     check_links(folder)
     lock = held or hold(folder)
-    staged = folder / f"{OURS}{CONFIG}"  # a name that makes no folder look used
-    durable.write_bytes(staged, config_yaml.encode())
-    durable.replace(staged, folder / CONFIG)
+    write_atomically(folder / CONFIG, config_yaml.encode())
     return lock
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 VARIABLE = "TUNESMITH_FAULTS"
-RESTART = "TUNESMITH_RESTART"
+RESTART = "TUNESMITH_RESTART"  # how many attempts there were before this one
 KINDS = (
     "kill",
     "exit",

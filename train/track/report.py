@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tunesmith.train.files.rows import write_atomically
+from tunesmith.train.files.durable import write_atomically
 from tunesmith.train.track.report_data import read_run
 from tunesmith.train.track.report_html import render_html
 from tunesmith.train.track.report_png import render_png

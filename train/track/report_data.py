@@ -13,6 +13,7 @@ import orjson
 import yaml
 
 from tunesmith.train.files.rows import read_rows
+from tunesmith.train.files.run_folder import CONFIG, SUMMARY
 from tunesmith.train.redact import redact
 from tunesmith.train.track.console import duration, figure, spoken
 
@@ -79,7 +80,7 @@ def read_run(run_dir: Path) -> Run:
     """Raises FileNotFoundError where there is no run folder; a missing file in it is an empty part of the report."""
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} is no run folder.")
-    summary_file, config_file = run_dir / "summary.json", run_dir / "config.yaml"
+    summary_file, config_file = run_dir / SUMMARY, run_dir / CONFIG
     summary = orjson.loads(summary_file.read_bytes()) if summary_file.exists() else {}
     config = yaml.safe_load(config_file.read_text()) if config_file.exists() else {}
     samples = read_rows(run_dir / "samples.jsonl")

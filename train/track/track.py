@@ -22,12 +22,13 @@ from urllib.parse import urlsplit
 import orjson
 
 from tunesmith.train.config.config import Config, TrackConfig, WandbMode
-from tunesmith.train.files.rows import finite, keep_rows, read_rows, write_atomically, write_rows
+from tunesmith.train.files.durable import write_atomically
+from tunesmith.train.files.rows import finite, keep_rows, read_rows, write_rows
+from tunesmith.train.files.run_folder import SUMMARY
 from tunesmith.train.redact import redact, redact_text
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-SUMMARY_FILE = "summary.json"
 PLAN_FILE = "plan.json"  # what a running run is about to do: how many steps there are in all
 WANDB_ID_FILE = "wandb_id.txt"
 
@@ -118,9 +119,9 @@ class Tracker:
     def finish(self, summary: dict[str, Any], *, exit_code: int = 0) -> None:
         """Writes summary.json and closes everything; waits for W&B no longer than FINISH_TIMEOUT and a little."""
         clean = redact(summary)
-        with self._never_raises(SUMMARY_FILE):
+        with self._never_raises(SUMMARY):
             options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-            write_atomically(self._run_dir / SUMMARY_FILE, orjson.dumps(clean, default=str, option=options) + b"\n")
+            write_atomically(self._run_dir / SUMMARY, orjson.dumps(clean, default=str, option=options) + b"\n")
             os.fsync(self._metrics.fileno())
         self._metrics.close()
         if self._wandb:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tunesmith.train.files.durable import write_json
 from tunesmith.train.files.fence import Superseded, fence
-from tunesmith.train.files.run_folder import SUMMARY, write_json
+from tunesmith.train.files.run_folder import SUMMARY
 from tunesmith.train.redact import redact_text
 from tunesmith.train.watch.cause import Cause, process_state
 from tunesmith.train.watch.rank_status import Slot

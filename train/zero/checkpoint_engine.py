@@ -1,28 +1,23 @@
 """DeepSpeed's files: written once, hashed on the way to a disk that has them for certain; read without running code."""
 
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files.background_writer import Part
 from tunesmith.train.files.host_copy import host_copy
-
-# All that DeepSpeed 0.19.8 puts into a checkpoint beside what torch loads anyway: plain values and tensors.
-ALLOWED: Sequence[Callable[..., Any]] = (ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address)
+from tunesmith.train.zero.shards import ALLOWED
 
 
 def allowed_types() -> AbstractContextManager[None]:
-    """Inside, torch.load(weights_only=True) takes these few types of DeepSpeed's, and no others."""
-    return torch.serialization.safe_globals(list(ALLOWED))
+    """Inside, torch.load(weights_only=True) takes the few types of DeepSpeed's that may be there, and no others."""
+    return torch.serialization.safe_globals([resolve_name(name) for _, name in ALLOWED])
 
 
 def foreign_types(path: Path) -> list[str]:

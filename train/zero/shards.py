@@ -65,6 +65,8 @@ class Scaler(Record): ...
 class DynamicScaler(Record): ...
 
 
+# All that DeepSpeed 0.19.8 puts into a checkpoint beside plain values and tensors, which torch loads anyway: what
+# stands in for each type where DeepSpeed is not imported, and its name.
 ALLOWED: Sequence[tuple[Callable[..., Any], str]] = (
     (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
     (Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),

@@ -39,10 +39,6 @@ IDENTITY = Identity(
     noted={"schedule.max_steps": 10},
     world_size=1,
     layout={"stage": 0, "world_size": 1},
-    stage=0,
-    accumulation=1,
-    precision="fp32",
-    config_sha256="00",
 )
 AUTO = ResumeConfig(source="auto")
 SHARD = "engine/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -361,14 +357,29 @@ def test_a_manifest_that_leads_outside_is_damaged(run_dir: Path, name: str) -> N
     assert step_of(run_dir) == 3
 
 
-def test_a_format_of_another_time_is_named(run_dir: Path) -> None:
-    folder = run_dir / "checkpoints/step-000006"
-    tree = json.loads((folder / "MANIFEST.json").read_text()) | {"format": 1}
+def write_signed(folder: Path, tree: dict[str, Any]) -> None:
+    """A manifest of another version of this code."""
     del tree["sha256"]
     signed = durable.json_bytes(tree | {"sha256": manifest._digest(tree)})
     (folder / "MANIFEST.json").write_bytes(signed)
+
+
+def test_a_checkpoint_of_format_2_is_resumed_from(run_dir: Path) -> None:
+    folder = run_dir / "checkpoints/step-000006"
+    tree = json.loads((folder / "MANIFEST.json").read_text()) | {"format": 2}
+    tree["identity"] |= {"stage": 2, "accumulation": 1, "precision": "fp32", "config_sha256": "00"}
+    before = manifest.read_manifest(folder)
+    write_signed(folder, tree)
+    assert manifest.read_manifest(folder) == before
+    assert step_of(run_dir) == 6
+    assert names(run_dir) == ["latest.json", "step-000003", "step-000006"]
+
+
+def test_a_format_of_another_time_is_named(run_dir: Path) -> None:
+    folder = run_dir / "checkpoints/step-000006"
+    write_signed(folder, json.loads((folder / "MANIFEST.json").read_text()) | {"format": 1})
     for source in (str(folder), "auto"):
-        with pytest.raises(TrainingError, match="its format is 1, and this Tunesmith reads format 2") as caught:
+        with pytest.raises(TrainingError, match="its format is 1, and this Tunesmith reads formats 2 and 3") as caught:
             step_of(run_dir, resume=ResumeConfig(source=source))
         assert "another version of Tunesmith" in str(caught.value)
     assert names(run_dir) == ["latest.json", "step-000003", "step-000006"]

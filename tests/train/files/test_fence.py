@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from tunesmith.train.checkpoint import find as checkpoint_find
-from tunesmith.train.checkpoint.find import step_folder
+from tunesmith.train.checkpoint.step_folders import step_folder
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import durable, fence, rows, run_folder
 from tunesmith.train.files.fence import Fence, Superseded, Token, supersedes, token_from_environment, token_in
@@ -17,7 +17,7 @@ OLD, NEW, OTHER = Token("job 7 of c", 0), Token("job 7 of c", 1), Token("job 8 o
 
 @pytest.fixture
 def this_process():
-    """The fence that durable.py and rows.py ask."""
+    """The fence that durable.py asks."""
     yield fence.fence
     fence.fence.leave()
 
@@ -38,7 +38,7 @@ def test_the_older_attempt_is_refused_every_commit_once_the_newer_has_the_folder
         lambda: durable.replace(tmp_path / "there.json", tmp_path / "elsewhere.json"),
         lambda: durable.make_folder(tmp_path / "checkpoints"),
         lambda: durable.remove_tree(tmp_path),
-        lambda: rows.write_atomically(tmp_path / "before.json", b"other"),
+        lambda: durable.write_atomically(tmp_path / "before.json", b"other"),
         lambda: rows.write_rows(tmp_path / "samples.jsonl", []),
         lambda: checkpoint_find.set_aside_after(tmp_path, 0) or this_process.check(),
     ]

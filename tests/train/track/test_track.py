@@ -130,7 +130,7 @@ def test_resuming_drops_later_rows_and_repairs_a_torn_line(run_dir: Path) -> Non
     assert rows[-1]["train/loss"] == 6.5
     assert rows[-1]["seconds"] >= rows[-2]["seconds"]
     assert [row["step"] for row in rows_of(run_dir / "samples.jsonl")] == [1, 2, 3, 4, 5]
-    assert not list(run_dir.glob("*.tmp"))
+    assert not list(run_dir.glob(".tunesmith-*"))
 
 
 def test_a_torn_line_within_the_kept_steps_costs_only_itself(run_dir: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from tunesmith.train.checkpoint.checkpoints import Checkpoints
 from tunesmith.train.errors import TrainingError
-from tunesmith.train.files.run_folder import write_json
+from tunesmith.train.files.durable import write_json
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.state import RunState
