@@ -11,7 +11,7 @@ from torch import nn
 
 from tunesmith.train.config.config import AdapterKind, Config, Kernels
 from tunesmith.train.errors import TrainingError
-from tunesmith.train.files.background_writer import Part
+from tunesmith.train.files.background_writer import RankFiles
 from tunesmith.train.model.output_head import TargetRows
 from tunesmith.train.model.scorer import Scorer
 from tunesmith.train.optimizer import apply_settings, make_optimizer, parameter_groups, state_of
@@ -148,12 +148,12 @@ class Engine:
                 with gathered([parameter]):
                     yield name, parameter
 
-    def save(self, folder: Path, part: Part) -> None:
+    def save(self, folder: Path, rank_files: RankFiles) -> None:
         """This rank's part of weights, optimizer state and loss scale; frozen weights are left out with an adapter.
 
-        What goes wrong with the disk stands in the part: every rank comes to the end of this.
+        What goes wrong with the disk stands in rank_files: every rank comes to the end of this.
         """
-        self._files.part = part
+        self._files.rank_files = rank_files
         try:
             self._engine.save_checkpoint(
                 str(folder),
@@ -163,13 +163,13 @@ class Engine:
                 exclude_frozen_parameters=self._frozen_left_out,
             )
         except OSError as error:  # copying state off an NVMe disk: the one thing that DeepSpeed writes by itself
-            part.fail(error)
+            rank_files.fail(error)
             self._leave_save()
         finally:
-            self._files.part = None
+            self._files.rank_files = None
         for path in sorted((folder / TAG / "offloaded_tensors" / f"rank{self.world.rank}").rglob("*")):
             if path.is_file():
-                part.add_written(path)
+                rank_files.add_written(path)
 
     def _leave_save(self) -> None:
         """What DeepSpeed's save_checkpoint would still have done together with the other ranks."""

@@ -103,7 +103,7 @@ def test_a_killed_rank_is_named(fail: Fail, launcher: str, rank: int, phase: str
     assert (failure["rank"], failure["step"], failure["phase"], failure["kind"]) == (rank, step, phase, "killed")
     assert json.loads((ended.run_dir / "summary.json").read_text())["status"] == "failed"
     assert ended.checkpoints == ["step-000002"]
-    assert not list(Path("/dev/shm").glob("tunesmith-board-*"))
+    assert not list(Path("/dev/shm").glob("tunesmith-ranks-*"))
 
 
 @pytest.mark.row(2)

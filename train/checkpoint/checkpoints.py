@@ -24,19 +24,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunesmith.train.checkpoint import conversion
-from tunesmith.train.checkpoint.find import Found, make_way, set_aside_after
+from tunesmith.train.checkpoint.find import FoundCheckpoint, make_way, set_aside_after
 from tunesmith.train.checkpoint.publish import point_to, prune, publish
 from tunesmith.train.checkpoint.random_state import load_random_state, random_state_files, seed_rank
 from tunesmith.train.checkpoint.step_folders import FOLDER, published, step_folder, step_of
 from tunesmith.train.config.config import CheckpointConfig
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files import durable
-from tunesmith.train.files.background_writer import Part
+from tunesmith.train.files.background_writer import RankFiles
 from tunesmith.train.files.fence import Superseded, fence
 from tunesmith.train.files.manifest import Identity
 from tunesmith.train.ranks.distributed import World, broadcast_text, first_problem
 from tunesmith.train.ranks.state import RunState
-from tunesmith.train.ranks.step_vote import Verdict
+from tunesmith.train.ranks.step_vote import StepConsensus
 from tunesmith.train.track.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Save:
     """A checkpoint under way."""
 
     state: RunState  # as it was when the save began
-    part: Part
+    files: RankFiles
     target: Path
     started: float
     stall_seconds: float = 0.0  # that the step loop has lost to it
@@ -62,11 +62,11 @@ class Save:
 
     @property
     def unwritten(self) -> bool:
-        return self.part.unwritten or (self.publisher is not None and self.publisher.is_alive())
+        return self.files.unwritten or (self.publisher is not None and self.publisher.is_alive())
 
     @property
     def problem(self) -> str:
-        return self.part.problem or self.publish_problem
+        return self.files.problem or self.publish_problem
 
 
 class Checkpoints:
@@ -101,18 +101,18 @@ class Checkpoints:
 
     @property
     def clock_says_save(self) -> bool:
-        """True on rank 0 when checkpoint.every_minutes have passed; the others go by its word (Ballot.save)."""
+        """True on rank 0 when checkpoint.every_minutes have passed; the others go by its word (StepVote.save)."""
         minutes = self._settings.every_minutes
         return self._world.rank == 0 and minutes is not None and time.monotonic() - self._clock >= 60 * minutes
 
     @property
     def unwritten(self) -> bool:
-        """True while this rank still writes a checkpoint in the background (Ballot.unwritten)."""
+        """True while this rank still writes a checkpoint in the background (StepVote.unwritten)."""
         return self._save is not None and self._save.unwritten
 
     @property
     def failed(self) -> bool:
-        """True when this rank could not write its part (Ballot.failed)."""
+        """True when this rank could not write its part (StepVote.failed)."""
         return self._save is not None and bool(self._save.problem)
 
     def save(self, engine: "Engine", state: RunState) -> Path | None:
@@ -134,27 +134,27 @@ class Checkpoints:
         if staged is None:
             self.saved_step = state.step  # it is there already, and stays as it is
             return target
-        part = Part(staged, self._world.rank, background=self._settings.async_save)
-        engine.save(staged, part)
+        files = RankFiles(staged, self._world.rank, background=self._settings.async_save)
+        engine.save(staged, files)
         for name, data in random_state_files(self._world.rank).items():
-            part.add_bytes(name, data)
+            files.add_bytes(name, data)
         if self._world.rank == 0:
-            part.add_bytes("state.json", durable.json_bytes(asdict(state)))
-        part.finish()
+            files.add_bytes("state.json", durable.json_bytes(asdict(state)))
+        files.finish()
         copied = RunState(**asdict(state))
-        self._save = Save(copied, part, target, started, stall_seconds=time.monotonic() - started)
+        self._save = Save(copied, files, target, started, stall_seconds=time.monotonic() - started)
         if self._settings.async_save:
             return None
         self.settle()
         return target if self.saved_step == state.step else None
 
-    def advance(self, verdict: Verdict, step: int) -> None:
+    def advance(self, consensus: StepConsensus, step: int) -> None:
         """Between two steps: publishes what all ranks have written meanwhile, or gives it up. Waits for nothing."""
         save = self._save
-        if save is None or verdict.unwritten:
+        if save is None or consensus.unwritten:
             return
         started = time.monotonic()
-        if save.publishing or verdict.failed:
+        if save.publishing or consensus.failed:
             self._end(save, first_problem(save.problem, self._device), step, started)
         else:
             save.publishing = True
@@ -169,8 +169,8 @@ class Checkpoints:
         if save is None:
             return
         started = time.monotonic()
-        save.part.wait()
-        problem = first_problem(save.part.problem, self._device)
+        save.files.wait()
+        problem = first_problem(save.files.problem, self._device)
         if not problem:
             if save.publisher is not None:
                 save.publisher.join()
@@ -179,7 +179,7 @@ class Checkpoints:
             problem = first_problem(save.publish_problem, self._device)
         self._end(save, problem, save.state.step if step is None else step, started)
 
-    def load(self, engine: "Engine", found: Found, *, converted: Path | None, seed: int) -> RunState:
+    def load(self, engine: "Engine", found: FoundCheckpoint, *, converted: Path | None, seed: int) -> RunState:
         """Restores engine, random numbers and counters from a checkpoint that choose() has found whole.
 
         converted: its engine files, made fit for these ranks and this stage, where they are not.
@@ -252,7 +252,7 @@ class Checkpoints:
         """Rank 0 alone, perhaps in a thread: nothing here may ask other ranks."""
         save.publish_problem = "rank 0 did not come to its manifest"  # what a thread raises is heard by nobody
         try:
-            save.num_bytes = publish(save.part.folder, save.target, save.state.step, self._identity)
+            save.num_bytes = publish(save.files.folder, save.target, save.state.step, self._identity)
         except (OSError, ValueError, Superseded) as error:
             save.publish_problem = " ".join(str(error).split())
             return
@@ -268,7 +268,7 @@ class Checkpoints:
         self._save = None
         fence.check()
         if problem and self._world.rank == 0:
-            durable.remove_tree(save.part.folder)
+            durable.remove_tree(save.files.folder)
         save.stall_seconds += time.monotonic() - started
         if problem:
             self._count_failure(save.state.step, problem)

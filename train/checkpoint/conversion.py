@@ -1,6 +1,6 @@
 """A checkpoint made fit for other ranks or another ZeRO stage, in the background of a start.
 
-    <run>/.tunesmith-universal-step-000100-<digest>/    see engine_shards.py
+    <run>/.tunesmith-universal-step-000100-<digest>/    see zero/shards.py
 
 Rank 0 starts a process for it, the model is loaded meanwhile, and all ranks meet where they need the result. It stays
 until a checkpoint of the run's own has been saved, so that a start that fails need not convert again. The name holds a

@@ -1,4 +1,4 @@
-"""The checkpoint to go on from: the newest that is whole, ours, and of the same run. Damaged ones are set aside.
+"""The checkpoint to go on from: the newest that is whole, one's own, and of the same run. Damaged ones are set aside.
 
 Every rank takes part: rank 0 looks at names, owners, the manifest and sizes, then each digests its share of the files.
 A run that has checkpoints and cannot use any is refused: starting over without a word would be the worst answer.
@@ -29,7 +29,7 @@ Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A checkpoint that is whole."""
 
     path: Path
@@ -46,14 +46,16 @@ def check_source(resume: ResumeConfig, run_dir: Path) -> None:
         _candidates(resume, run_dir)
 
 
-def choose(resume: ResumeConfig, run_dir: Path, world: World, device: torch.device, warn: Warn) -> Found | None:
+def choose(
+    resume: ResumeConfig, run_dir: Path, world: World, device: torch.device, warn: Warn
+) -> FoundCheckpoint | None:
     """The checkpoint to go on from; None for a run that starts. Every rank calls it, and gets the same.
 
     Raises TrainingError when there are checkpoints and none can be used, or the one that was named cannot.
     """
     if resume.source == "never":
         return None
-    is_ours = resume.source == "auto"
+    in_run_dir = resume.source == "auto"
     listed = _on_rank_0(lambda: [str(path) for path in _candidates(resume, run_dir)], world, device)
     reasons = []
     for path in map(Path, listed):
@@ -61,18 +63,18 @@ def choose(resume: ResumeConfig, run_dir: Path, world: World, device: torch.devi
         if found is not None:
             return found
         reasons.append(f"{path.name}: {problem}")
-        if not is_ours and _is_one(Path(resume.source).expanduser()):
+        if not in_run_dir and _is_one(Path(resume.source).expanduser()):
             raise _refusal(f"the checkpoint cannot be used. {problem}.", path, "name another checkpoint.")
-        new_name = _on_rank_0(lambda: _set_aside(path) if is_ours else "", world, device)  # noqa: B023
+        new_name = _on_rank_0(lambda: _set_aside(path) if in_run_dir else "", world, device)  # noqa: B023
         kept = f", kept as {new_name}" if new_name else ""
         warn(f"checkpoint {path.name} is not used: {problem}{kept}; looking at the one before it")
-    aside = _on_rank_0(lambda: _set_aside_before(run_dir) if is_ours else [], world, device)
+    aside = _on_rank_0(lambda: _set_aside_before(run_dir) if in_run_dir else [], world, device)
     if not reasons and not aside:
         return None
     raise _refusal(
         f"there are checkpoints, and none of them is whole ({'; '.join(reasons or aside)[:300]}). "
         "Starting over would throw away what they hold, so nothing was started.",
-        (run_dir if is_ours else Path(resume.source)) / FOLDER,
+        (run_dir if in_run_dir else Path(resume.source)) / FOLDER,
         "bring back a whole one from a backup, go on from another run with resume.source=<run folder> and a new "
         "output_dir, or start anew with another output_dir.",
     )
@@ -108,7 +110,7 @@ def make_way(path: Path) -> tuple[bool, str]:
     try:
         written = manifest.read_manifest(path)
         _check_files(path, written)
-        damaged, unreadable = _check_digests(Found(path, written), World())
+        damaged, unreadable = _check_digests(FoundCheckpoint(path, written), World())
     except (ManifestError, OSError) as error:
         damaged, unreadable = str(error), ""
     if not damaged and not unreadable:
@@ -169,7 +171,9 @@ def _on_rank_0(ask: Callable[[], object], world: World, device: torch.device) ->
     return answer["found"]
 
 
-def _examine(path: Path, any_owner: bool, world: World, device: torch.device, warn: Warn) -> tuple[Found | None, str]:
+def _examine(
+    path: Path, any_owner: bool, world: World, device: torch.device, warn: Warn
+) -> tuple[FoundCheckpoint | None, str]:
     """The checkpoint, or what is damaged in it.
 
     Raises TrainingError for one that is not to be trusted, or of which this start cannot tell: it stays as it is.
@@ -200,7 +204,7 @@ def _examine(path: Path, any_owner: bool, world: World, device: torch.device, wa
         return None, problem
     if note:
         warn(note)
-    found = Found(path, manifest.parse_manifest(text.encode()))
+    found = FoundCheckpoint(path, manifest.parse_manifest(text.encode()))
     damaged, unreadable = _check_digests(found, world)
     if problem := first_problem(unreadable, device):
         raise _refusal(f"the checkpoint cannot be read. {problem}.", path, UNREADABLE)
@@ -247,7 +251,7 @@ def _check_files(path: Path, written: Manifest) -> None:
         raise ManifestError(f"{extra[0]} does not belong to it")
 
 
-def _check_digests(found: Found, world: World) -> tuple[str, str]:
+def _check_digests(found: FoundCheckpoint, world: World) -> tuple[str, str]:
     """What is damaged in this rank's share, and what of it cannot be read."""
     for name, digest in _share(found, world):
         try:
@@ -259,7 +263,7 @@ def _check_digests(found: Found, world: World) -> tuple[str, str]:
     return "", ""
 
 
-def _check_types(found: Found, world: World) -> str:
+def _check_types(found: FoundCheckpoint, world: World) -> str:
     from tunesmith.train.zero.checkpoint_engine import (
         foreign_types,  # loads DeepSpeed, which picks its accelerator then
     )
@@ -270,7 +274,7 @@ def _check_types(found: Found, world: World) -> str:
     return ""
 
 
-def _share(found: Found, world: World) -> list[tuple[str, durable.FileDigest]]:
+def _share(found: FoundCheckpoint, world: World) -> list[tuple[str, durable.FileDigest]]:
     """Every world_size-th file, by size: the large ones are spread over the ranks."""
     by_size = sorted(found.manifest.files.items(), key=lambda item: (-item[1].size, item[0]))
     return by_size[world.rank :: world.world_size]

@@ -50,9 +50,9 @@ def identity(config: Config, world: World, data: PreparedData) -> Identity:
     )
 
 
-def compare(saved: Identity, ours: Identity, allow: list[str], path: Path) -> list[str]:
+def compare(saved: Identity, current: Identity, allow: list[str], path: Path) -> list[str]:
     """Sentences on what differs and may. Raises TrainingError that names everything that differs and may not."""
-    both = [(saved.fingerprint.get(key, BEFORE.get(key)), now, key) for key, now in ours.fingerprint.items()]
+    both = [(saved.fingerprint.get(key, BEFORE.get(key)), now, key) for key, now in current.fingerprint.items()]
     different = [(key, f"{key}: was {was}, is {now}") for was, now, key in both if was != now]
     refused = [(key, words) for key, words in different if key not in allow]
     if refused:
@@ -63,15 +63,14 @@ def compare(saved: Identity, ours: Identity, allow: list[str], path: Path) -> li
             do=f"set it back, say that it may differ with resume.allow=[{keys}], or start anew with resume=never and "
             "another output_dir.",
         )
-    noted = [
-        f"{key}: was {was}, is {ours.noted[key]}" for key, was in saved.noted.items() if was != ours.noted.get(key)
-    ]
+    both = [(was, current.noted.get(key), key) for key, was in saved.noted.items()]
+    noted = [f"{key}: was {was}, is {now}" for was, now, key in both if was != now]
     return [f"since the checkpoint, {words}" for words in [words for _, words in different] + noted]
 
 
-def check_allowed(allow: list[str], ours: Identity) -> None:
+def check_allowed(allow: list[str], current: Identity) -> None:
     """Raises ConfigError for a name in resume.allow that allows nothing."""
-    known = [*ours.fingerprint, BASE_WEIGHTS, OWNER]
+    known = [*current.fingerprint, BASE_WEIGHTS, OWNER]
     for name in allow:
         if name not in known:
             raise ConfigError(
@@ -81,9 +80,9 @@ def check_allowed(allow: list[str], ours: Identity) -> None:
             )
 
 
-def with_base_weights(ours: Identity, model: nn.Module, world: World, device: torch.device) -> Identity:
+def with_base_weights(current: Identity, model: nn.Module, world: World, device: torch.device) -> Identity:
     """Every rank calls it, with the engine's own model."""
-    return replace(ours, fingerprint=ours.fingerprint | {BASE_WEIGHTS: base_weights(model, world, device)})
+    return replace(current, fingerprint=current.fingerprint | {BASE_WEIGHTS: base_weights(model, world, device)})
 
 
 def base_weights(model: nn.Module, world: World, device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""The random numbers of one rank: seeded, written down, and taken up again to the bit."""
+"""The random numbers of one rank: seeded, written down, and restored to the bit."""
 
 import json
 import random

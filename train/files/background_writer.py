@@ -1,4 +1,4 @@
-"""This rank's part of a checkpoint under way: its files, written at once or by a thread while training goes on."""
+"""This rank's files of a checkpoint under way, written at once or by a thread while training goes on."""
 
 import queue
 import threading
@@ -14,11 +14,11 @@ Write = Callable[[BinaryIO], object]
 
 
 def list_name(rank: int) -> str:
-    """The file in which a rank lists what it has written; the last of its part."""
+    """The file in which a rank lists what it has written; the last of them."""
     return f"rank-{rank:05d}.files.json"
 
 
-class Part:
+class RankFiles:
     """The files of one rank, written in the order they are added.
 
     No call raises for the disk: a rank that left here would leave the others waiting for it. The first thing that goes

@@ -55,7 +55,7 @@ def token_from_environment() -> Token:
 
 
 def token_in(folder: Path) -> Token | None:
-    """The token in a run folder; None without one, or with one that is not ours to read. Raises OSError."""
+    """The token in a run folder; None without one, or with one that cannot be understood. Raises OSError."""
     try:
         tree = json.loads((folder / FILE).read_bytes())
         return Token(str(tree["launch"]), int(tree["restart"]))

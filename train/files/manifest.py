@@ -28,13 +28,13 @@ class OtherFormat(ManifestError):
 class Identity:
     """The run that a checkpoint is of: what must agree (fingerprint), and what the files were laid out for.
 
-    The fingerprint is compared key by key; a run on other ranks or another ZeRO stage takes the files up reshaped.
+    The fingerprint is compared key by key; a run on other ranks or at another ZeRO stage reshapes the files.
     """
 
     fingerprint: dict[str, Any]
     noted: dict[str, Any]  # settings that may change, with a line that says so
     world_size: int
-    layout: dict[str, Any]  # all that decides how the engine's files are cut (engine_universal.py)
+    layout: dict[str, Any]  # all that decides how the engine's files are cut (zero/universal.py)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def hold(folder: Path, token: Token | None = None) -> FileLock:
     """The lock of a folder that is there. Raises ConfigError when another run holds it.
 
     token: of this attempt. An earlier attempt of the same job may still run on a node that is cut off, with the lock:
-    its lock file is put away, and the fence keeps it from writing.
+    its lock file is removed, and the fence keeps it from writing.
     """
     path = folder / f"{OURS}lock"
     lock = FileLock(path)

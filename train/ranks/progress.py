@@ -4,9 +4,8 @@ The watchdog reads it to tell a slow rank from one that stands still, an error s
 planned faults (fault_plan.py) strike by it. It imports no torch: a job's driver comes by here too.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tunesmith.train.ranks.fault_plan import FaultPlan
 from tunesmith.train.ranks.phases import Phase
@@ -14,11 +13,10 @@ from tunesmith.train.ranks.phases import Phase
 
 @dataclass
 class Progress:
-    """Of this process. `changed` is on the monotonic clock, in seconds."""
+    """Of this process."""
 
     step: int = 0  # optimizer steps done
     phase: Phase = Phase.starting
-    changed: float = field(default_factory=time.monotonic)
     num_changes: int = 0
     plan: FaultPlan | None = None
     listener: "Callable[[Progress], None] | None" = None  # is told of every change
@@ -32,7 +30,6 @@ def reach(phase: Phase, step: int | None = None) -> None:
     progress.phase = phase
     if step is not None:
         progress.step = step
-    progress.changed = time.monotonic()
     progress.num_changes += 1
     if progress.listener is not None:
         progress.listener(progress)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from tunesmith.train.ranks.step_vote import Verdict
+from tunesmith.train.ranks.step_vote import StepConsensus
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Step:
     applied: bool
     tokens: int
     target_tokens: int
-    verdict: Verdict  # what the ranks told each other in it
+    consensus: StepConsensus  # what the ranks told each other in it
     not_finite: tuple[tuple[int, int], ...] = ()  # (rank, micro batch) of the losses that were not finite, if any
     metrics: dict[str, float] = field(default_factory=dict)  # what else the objective says of the step, by name
 

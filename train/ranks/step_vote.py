@@ -6,7 +6,7 @@ from tunesmith.train.ranks.distributed import World
 
 
 @dataclass(frozen=True)
-class Ballot:
+class StepVote:
     """What one rank has to say at the end of a step."""
 
     stop: bool = False  # it was asked to end: a signal, or its time is nearly over
@@ -23,7 +23,7 @@ class Ballot:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepConsensus:
     """What all ranks together said, the same on each of them."""
 
     stop: bool
@@ -33,6 +33,6 @@ class Verdict:
     busy_seconds: tuple[float, ...]  # of each rank, in rank order
 
     @classmethod
-    def of(cls, sums: list[float]) -> "Verdict":
+    def of(cls, sums: list[float]) -> "StepConsensus":
         stop, save, unwritten, failed = (total > 0 for total in sums[:4])
         return cls(stop, save, unwritten, failed, tuple(sums[4:]))

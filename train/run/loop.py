@@ -15,7 +15,7 @@ from tunesmith.train.ranks.distributed import sum_over_ranks
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import progress, reach
 from tunesmith.train.ranks.state import Step
-from tunesmith.train.ranks.step_vote import Ballot, Verdict
+from tunesmith.train.ranks.step_vote import StepConsensus, StepVote
 from tunesmith.train.run import best, planned_faults
 from tunesmith.train.run.agreed_stop import AgreedStop
 from tunesmith.train.run.guards.bad_steps import losses_not_finite
@@ -29,7 +29,7 @@ def optimizer_step(
     engine: Engine,
     objective: Objective,
     batches: list[Batch],
-    ballot: Callable[[], Ballot] = Ballot,
+    vote: Callable[[], StepVote] = StepVote,
     *,
     busy: BusyClock,
     before_update: Callable[[], None],
@@ -37,7 +37,7 @@ def optimizer_step(
     """Forward and backward over every batch, then one update of the weights.
 
     The loss is a sum over the whole global batch divided by its denominator, so that it is the same for every split
-    into ranks and micro batches. The ballot is what this rank has to tell the others, asked for when its update is
+    into ranks and micro batches. The vote is what this rank has to tell the others, asked for when its update is
     done: what reached it during the step counts in this step. busy is told what of the time is its own work;
     before_update is called once the gradients are there.
     """
@@ -69,7 +69,7 @@ def optimizer_step(
     before_update()
     update = engine.step()
     names = list(totals[0])
-    row = torch.tensor(ballot().row(engine.world), dtype=torch.float64).to(engine.device)
+    row = torch.tensor(vote().row(engine.world), dtype=torch.float64).to(engine.device)
     sums_here = torch.cat([loss[None], add_up(totals, names, engine.device), row])
     _, target_tokens, tokens, mean, *said = torch.cat([counts, sum_over_ranks(sums_here)]).tolist()
     busy.finish()
@@ -79,7 +79,7 @@ def optimizer_step(
         applied=update.applied,
         tokens=int(tokens),
         target_tokens=int(target_tokens),
-        verdict=Verdict.of(said[len(names) :]),
+        consensus=StepConsensus.of(said[len(names) :]),
         not_finite=() if update.applied else losses_not_finite(losses),
         metrics=objective.metrics(dict(zip(names, said, strict=False))) if names else {},
     )
@@ -143,9 +143,9 @@ class Loop:
         else:
             step = self._optimizer_step()
         self._profiler.step(self.session.state.step)
-        if step is not None and step.verdict.stop:
+        if step is not None and step.consensus.stop:
             raise self.stop.stopped()
-        self._between_steps(step.verdict if step is not None else None)
+        self._between_steps(step.consensus if step is not None else None)
         return step
 
     def close(self) -> None:
@@ -156,13 +156,13 @@ class Loop:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def _between_steps(self, verdict: Verdict | None = None) -> None:
-        """Evaluation and save when due. verdict: what the ranks said in the step just done, if one was done."""
+    def _between_steps(self, consensus: StepConsensus | None = None) -> None:
+        """Evaluation and save when due. consensus: what the ranks said in the step just done, if one was done."""
         state, config = self.session.state, self.run.config
-        if verdict is not None:
-            self.session.checkpoints.advance(verdict, state.step)
+        if consensus is not None:
+            self.session.checkpoints.advance(consensus, state.step)
         evaluates = is_due(config.evaluate.every_steps, state.step) and state.evaluated_step != state.step
-        saves = is_due(config.checkpoint.every_steps, state.step) or (verdict is not None and verdict.save)
+        saves = is_due(config.checkpoint.every_steps, state.step) or (consensus is not None and consensus.save)
         if evaluates:
             self._evaluate()
         if saves:
@@ -200,7 +200,7 @@ class Loop:
             session.engine,
             self.objective,
             batches,
-            self._ballot,
+            self._vote,
             busy=self.guards.busy,
             before_update=self.guards.before_update,
         )
@@ -218,10 +218,10 @@ class Loop:
         self.guards.after_step(step, seconds)
         return step
 
-    def _ballot(self) -> Ballot:
+    def _vote(self) -> StepVote:
         """What this rank has to tell the others at the end of this step."""
         every, done, saves = self.run.config.evaluate.every_steps, self.session.state.step + 1, self.session.checkpoints
-        return Ballot(
+        return StepVote(
             stop=self.stop.asked(another_step=True, evaluation_due=is_due(every, done) or is_due(every, done + 1)),
             save=saves.clock_says_save,
             unwritten=saves.unwritten,

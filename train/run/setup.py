@@ -12,7 +12,6 @@ from tunesmith.train.checkpoint import conversion, fingerprint
 from tunesmith.train.checkpoint import find as checkpoint_find
 from tunesmith.train.checkpoint.checkpoints import Checkpoints
 from tunesmith.train.checkpoint.conversion import Conversion
-from tunesmith.train.checkpoint.find import Found
 from tunesmith.train.checkpoint.random_state import seed_rank
 from tunesmith.train.config.config import AdapterKind, Config, Kernels
 from tunesmith.train.data.prepare import PreparedData
@@ -148,17 +147,17 @@ def _make_engine(model: nn.Module, run: Run) -> Engine:
     return engine
 
 
-def _check_and_convert(found: Found, ours: Identity, run: Run) -> Conversion | None:
+def _check_and_convert(found: FoundCheckpoint, current: Identity, run: Run) -> Conversion | None:
     """Refuses a checkpoint of another run before minutes go into loading a model; begins to convert one that is cut
     for other ranks.
     """
     saved, reporter = found.manifest.identity, run.reporter
-    for note in fingerprint.compare(saved, ours, run.config.resume.allow, found.path):
+    for note in fingerprint.compare(saved, current, run.config.resume.allow, found.path):
         reporter.note(note)
-    if saved.layout == ours.layout:
+    if saved.layout == current.layout:
         return None
     changed = [
-        f"{key} {saved.layout.get(key)} -> {now}" for key, now in ours.layout.items() if saved.layout.get(key) != now
+        f"{key} {saved.layout.get(key)} -> {now}" for key, now in current.layout.items() if saved.layout.get(key) != now
     ]
     reporter.note(f"the checkpoint is converted for this run: {', '.join(changed)}")
     return conversion.start(found.path, found.path / TAG, run.run_dir, run.world)

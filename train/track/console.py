@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.train.redact import redact_text
-from tunesmith.train.track.outlet import outlet
+from tunesmith.train.track.unfailing_stream import unfailing_stream
 
 PLAIN_STEPS = 10  # a plain line about every so many steps,
 PLAIN_SECONDS = 5.0  # or so many seconds, less often the longer the run takes: up to a minute
@@ -39,8 +39,8 @@ class Console:
     """
 
     def __init__(self, *, plain: bool | None = None) -> None:
-        self._rich = RichConsole(highlight=False, emoji=False, soft_wrap=True, file=outlet("stdout"))
-        self._stderr = RichConsole(highlight=False, emoji=False, soft_wrap=True, file=outlet("stderr"))
+        self._rich = RichConsole(highlight=False, emoji=False, soft_wrap=True, file=unfailing_stream("stdout"))
+        self._stderr = RichConsole(highlight=False, emoji=False, soft_wrap=True, file=unfailing_stream("stderr"))
         self.plain = plain if plain is not None else not self._rich.is_terminal or self._rich.is_dumb_terminal
         self._live: Live | None = None
         self._total_steps = 0

@@ -1,6 +1,6 @@
 """What happened to a run, in one line: which rank, at which step, in which phase, and how.
 
-Nothing here waits or kills: it reads the board and the kernel, and words what they say.
+Nothing here waits or kills: it reads the ranks' table and the kernel, and words what they say.
 """
 
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tunesmith.train.errors import TunesmithError
 from tunesmith.train.ranks.phases import TimeoutKind
-from tunesmith.train.watch.rank_status import Slot
+from tunesmith.train.watch.rank_status import RankStatus
 from tunesmith.train.watch.timeouts import KEYS
 
 BEAT_IS_STALE = 3.0  # seconds without a heartbeat, which comes several times a second
@@ -34,7 +34,7 @@ def process_state(pid: int) -> str:
 
 
 def wait_status(pid: int) -> int | None:
-    """What waitpid would give for a process that has ended and was not waited for; None where that is not to be had."""
+    """What waitpid would give for a process that has ended and was not waited for; None where it is unknown."""
     fields = _stat(pid)
     return int(fields[49]) if len(fields) > 49 and fields[0] in "ZX" else None
 
@@ -67,23 +67,29 @@ def _memory_events() -> Path:
     return Path("/sys/fs/cgroup") / own.lstrip("/") / "memory.events"
 
 
-def death(slot: Slot, world_size: int, status: int | None, oom_kills: int) -> Cause:
+def death(status: RankStatus, world_size: int, exit_status: int | None, oom_kills: int) -> Cause:
     """A rank that ended before the run was over; oom_kills are those since the run started."""
-    if status is None:
+    if exit_status is None:
         how = "ended, before the run was over,"
-    elif status & 0x7F:
-        number = status & 0x7F
+    elif exit_status & 0x7F:
+        number = exit_status & 0x7F
         how = f"was killed by {_signal_name(number)}"
     else:
-        how = f"exited with code {status >> 8 & 0xFF}, before the run was over,"
-    line = f"{_who(slot, world_size)} {how} {slot.where}"
-    if status is not None and status & 0x7F == signal.SIGKILL:
+        how = f"exited with code {exit_status >> 8 & 0xFF}, before the run was over,"
+    line = f"{_who(status, world_size)} {how} {status.where}"
+    if exit_status is not None and exit_status & 0x7F == signal.SIGKILL:
         line += (
             "; the kernel did it for lack of memory"
             if oom_kills
             else "; if not by hand, dmesg and the cgroup's memory.events say whether for lack of memory"
         )
-    return Cause(slot.rank, slot.step, slot.phase, "killed" if status is not None and status & 0x7F else "exited", line)
+    return Cause(
+        status.rank,
+        status.step,
+        status.phase,
+        "killed" if exit_status is not None and exit_status & 0x7F else "exited",
+        line,
+    )
 
 
 def _signal_name(number: int) -> str:
@@ -93,13 +99,13 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _who(slot: Slot, world_size: int) -> str:
-    return f"rank {slot.rank} of {world_size} (pid {slot.pid})"
+def _who(status: RankStatus, world_size: int) -> str:
+    return f"rank {status.rank} of {world_size} (pid {status.pid})"
 
 
 def hang(
-    late: Slot,
-    slots: Sequence[Slot],
+    late: RankStatus,
+    statuses: Sequence[RankStatus],
     world_size: int,
     now: float,
     states: dict[int, str],
@@ -110,23 +116,23 @@ def hang(
     None while the rank they wait for moves on: it is slow, which is no reason to end a run.
 
     Args:
-        slots: all ranks that still run.
+        statuses: all ranks that still run.
         states: of the processes of this node, by rank, as process_state() gives them.
         nodes: the names of the other nodes, by rank.
     """
-    silent = [slot for slot in slots if now - slot.beat > BEAT_IS_STALE and states.get(slot.rank) != "T"]
-    elsewhere = [slot for slot in silent if slot.rank not in states]
-    stopped = [slot for slot in slots if states.get(slot.rank) == "T"]
-    behind = min(slots, key=lambda slot: (slot.collective, slot.num_changes))
-    ahead = max(slots, key=lambda slot: (slot.collective, slot.num_changes))
+    silent = [status for status in statuses if now - status.beat > BEAT_IS_STALE and states.get(status.rank) != "T"]
+    elsewhere = [status for status in silent if status.rank not in states]
+    stopped = [status for status in statuses if states.get(status.rank) == "T"]
+    behind = min(statuses, key=lambda status: (status.collective, status.num_changes))
+    ahead = max(statuses, key=lambda status: (status.collective, status.num_changes))
     if stopped:
-        return _hang(stopped[0], slots, world_size, now, "is stopped (SIGSTOP, or a debugger)")
+        return _hang(stopped[0], statuses, world_size, now, "is stopped (SIGSTOP, or a debugger)")
     if elsewhere:
         return lost(elsewhere[0], world_size, now, nodes)
     if silent:
-        return _hang(silent[0], slots, world_size, now, "hangs", ", inside C code that holds the interpreter's lock")
-    if (behind.collective, behind.num_changes) != (ahead.collective, ahead.num_changes) or len(slots) == 1:
-        return _hang(behind, slots, world_size, now, "hangs")
+        return _hang(silent[0], statuses, world_size, now, "hangs", ", inside C code that holds the interpreter's lock")
+    if (behind.collective, behind.num_changes) != (ahead.collective, ahead.num_changes) or len(statuses) == 1:
+        return _hang(behind, statuses, world_size, now, "hangs")
     line = (
         f"all ranks hang {late.where}, in the same collective (number {late.collective}): {_still(late, now)}; the "
         "network between them is the suspect, as no rank is behind another"
@@ -134,29 +140,31 @@ def hang(
     return Cause(late.rank, late.step, late.phase, "hang", line)
 
 
-def lost(slot: Slot, world_size: int, now: float, nodes: Mapping[int, str] | None = None) -> Cause:
+def lost(status: RankStatus, world_size: int, now: float, nodes: Mapping[int, str] | None = None) -> Cause:
     """A rank of another node of which nothing is heard any more; nodes has the names of those nodes, by rank."""
-    on = f" on {nodes[slot.rank]}" if nodes and slot.rank in nodes else ""
+    on = f" on {nodes[status.rank]}" if nodes and status.rank in nodes else ""
     line = (
-        f"rank {slot.rank} of {world_size}{on} was last heard of {now - slot.beat:.0f} s ago, {slot.where}: its "
+        f"rank {status.rank} of {world_size}{on} was last heard of {now - status.beat:.0f} s ago, {status.where}: its "
         "node, or the network to it, is gone"
     )
-    return Cause(slot.rank, slot.step, slot.phase, "lost", line)
+    return Cause(status.rank, status.step, status.phase, "lost", line)
 
 
-def _hang(slot: Slot, slots: Sequence[Slot], world_size: int, now: float, how: str, inside: str = "") -> Cause | None:
-    if now - slot.changed <= slot.allowed:
+def _hang(
+    status: RankStatus, statuses: Sequence[RankStatus], world_size: int, now: float, how: str, inside: str = ""
+) -> Cause | None:
+    if now - status.changed <= status.allowed:
         return None
-    line = f"{_who(slot, world_size)} {how} {slot.where}{inside}: {_still(slot, now)}"
-    waiting = [str(other.rank) for other in slots if other.rank != slot.rank]
+    line = f"{_who(status, world_size)} {how} {status.where}{inside}: {_still(status, now)}"
+    waiting = [str(other.rank) for other in statuses if other.rank != status.rank]
     if waiting:
         line += f"; rank {', '.join(waiting)} wait{'s' if len(waiting) == 1 else ''} for it"
-    return Cause(slot.rank, slot.step, slot.phase, "hang", line)
+    return Cause(status.rank, status.step, status.phase, "hang", line)
 
 
-def _still(slot: Slot, now: float) -> str:
-    key = KEYS[TimeoutKind(slot.timeout_kind)]
-    return f"nothing moved for {now - slot.changed:.0f} s ({key}={slot.allowed / 60:g})"
+def _still(status: RankStatus, now: float) -> str:
+    key = KEYS[TimeoutKind(status.timeout_kind)]
+    return f"nothing moved for {now - status.changed:.0f} s ({key}={status.allowed / 60:g})"
 
 
 def error(rank: int, world_size: int, step: int, phase: str, raised: BaseException) -> Cause:

@@ -18,7 +18,7 @@ from tunesmith.train.files.fence import Superseded, fence
 from tunesmith.train.files.run_folder import SUMMARY
 from tunesmith.train.redact import redact_text
 from tunesmith.train.watch.cause import Cause, process_state
-from tunesmith.train.watch.rank_status import Slot
+from tunesmith.train.watch.rank_status import RankStatus
 
 FAILURE = "failure.json"
 STACKS = "stacks"
@@ -123,12 +123,12 @@ def register_stacks() -> IO[bytes]:
     return file
 
 
-def collect_stacks(slots: Iterable[Slot], files: RunFiles | None) -> Path | None:
+def collect_stacks(statuses: Iterable[RankStatus], files: RunFiles | None) -> Path | None:
     """Asks the ranks of this node for the stacks of their threads and writes them to files of their own."""
-    slots = list(slots)
-    for slot in slots:
+    statuses = list(statuses)
+    for status in statuses:
         with contextlib.suppress(OSError):
-            os.kill(slot.pid, signal.SIGUSR2)
+            os.kill(status.pid, signal.SIGUSR2)
     time.sleep(DUMP_SECONDS)
     try:
         if files is None or is_superseded():
@@ -136,21 +136,21 @@ def collect_stacks(slots: Iterable[Slot], files: RunFiles | None) -> Path | None
         else:
             folder = files.folder / STACKS
             folder.mkdir(exist_ok=True)
-        for slot in slots:
-            (folder / f"rank-{slot.rank}.txt").write_bytes(_stacks_of(slot))
+        for status in statuses:
+            (folder / f"rank-{status.rank}.txt").write_bytes(_stacks_of(status))
     except OSError:
         return None
     return folder
 
 
-def _stacks_of(slot: Slot) -> bytes:
-    title = f"rank {slot.rank} (pid {slot.pid}) {slot.where}\n"
+def _stacks_of(status: RankStatus) -> bytes:
+    title = f"rank {status.rank} (pid {status.pid}) {status.where}\n"
     try:
-        written = Path(f"/proc/{slot.pid}/fd/{slot.stacks_fd}").read_bytes()
+        written = Path(f"/proc/{status.pid}/fd/{status.stacks_fd}").read_bytes()
     except OSError as error:
         return f"{title}its stacks cannot be read: {error}\n".encode()
     if not written:
-        stopped = process_state(slot.pid) == "T"
+        stopped = process_state(status.pid) == "T"
         why = "it is stopped, and a stopped process runs nothing" if stopped else f"no answer in {DUMP_SECONDS} s"
         return f"{title}no stacks: {why}.\n".encode()
     return title.encode() + written

@@ -181,7 +181,7 @@ def gpus_given() -> int | None:
 
 
 def _free(path: Path) -> int:
-    """Bytes; 0 where the place is not to be had."""
+    """Bytes; 0 where there is no such place."""
     try:
         return shutil.disk_usage(path).free
     except OSError:

@@ -1,6 +1,6 @@
 """What the nodes of a run tell each other through the store: how their ranks are, and who told why the run ends.
 
-A store whose network is cut does not fail: it answers never. So no thread that watches over ranks waits for it: another
+A store whose network is cut does not fail: it never answers. So no thread that watches over ranks waits for it: another
 one does, and what it has heard last is what is known.
 """
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.watch.node_facts import node_name
-from tunesmith.train.watch.rank_status import Slot, State
+from tunesmith.train.watch.rank_status import RankStatus, State
 
 EXCHANGE_SECONDS = 1.0
 # Between two reads of all nodes' ranks by each node's first rank, and by its others: what is known where the store
@@ -59,12 +59,12 @@ class Nodes:
         """Exit code and cause, once another node has told."""
         return self._told
 
-    def exchange(self, slots: list[Slot], now: float) -> None:
+    def exchange(self, statuses: list[RankStatus], now: float) -> None:
         """Notes how the ranks of this node are, for the others. Times as seconds ago: clocks differ."""
-        rows = [asdict(replace(slot, changed=now - slot.changed, beat=now - slot.beat)) for slot in slots]
+        rows = [asdict(replace(status, changed=now - status.changed, beat=now - status.beat)) for status in statuses]
         self._mine = (time.time(), rows)
 
-    def slots(self) -> list[Slot]:
+    def statuses(self) -> list[RankStatus]:
         """The running ranks of the other nodes as they last wrote it down, in this host's time.
 
         How long ago that was is by the hosts' wall clocks; a wrong one can make a cause name another rank, no more.
@@ -72,12 +72,12 @@ class Nodes:
         self._answered.clear()
         self._asked.set()
         self._answered.wait(ANSWER_SECONDS if self._thread.is_alive() else 0.0)
-        now, found = time.monotonic(), list[Slot]()
+        now, found = time.monotonic(), list[RankStatus]()
         for written, rows, _ in list(self._heard.values()):
             then = now - max(0.0, time.time() - written)
-            slots = [Slot(**row) for row in rows]
-            found += [replace(slot, changed=then - slot.changed, beat=then - slot.beat) for slot in slots]
-        return [slot for slot in found if slot.state == State.running]
+            statuses = [RankStatus(**row) for row in rows]
+            found += [replace(status, changed=then - status.changed, beat=then - status.beat) for status in statuses]
+        return [status for status in found if status.state == State.running]
 
     def names(self) -> dict[int, str]:
         """The node of each rank on another node."""

@@ -1,12 +1,12 @@
 """What each rank of a node is doing, in memory that outlives any of them.
 
-One file of shared memory a node, with a slot for each of its ranks; unlinked as soon as all have opened it: from then
+One file of shared memory a node, with a row for each of its ranks; unlinked as soon as all have opened it: from then
 on nothing is left behind however they end (a kill before that leaves a small file in /dev/shm). A rank writes its own
-slot and reads all: the watchdog (watchdog.py) finds out from it who died, where, and whom the others wait for. The
+row and reads all: the watchdog (watchdog.py) finds out from it who died, where, and whom the others wait for. The
 clock is the monotonic one, which all processes of a host share.
 
     header | claimed, exit code, cause
-    slot   | pid rank state stacks_fd | step num_changes timeout_kind changed allowed phase | beat collective
+    row    | pid rank state stacks_fd | step num_changes timeout_kind changed allowed phase | beat collective
 """
 
 import contextlib
@@ -28,7 +28,7 @@ IDENTITY = struct.Struct("=qqqq")
 PLACE = struct.Struct("=qqqdd64s")
 BEAT = struct.Struct("=dq")
 LINE_AT, HEADER_BYTES = 16, 1024
-IDENTITY_AT, PLACE_AT, BEAT_AT, SLOT_BYTES = 0, 32, 136, 192
+IDENTITY_AT, PLACE_AT, BEAT_AT, ROW_BYTES = 0, 32, 136, 192
 LOCK_SECONDS = 1.0  # for the lock of the claim, held for microseconds unless its holder was stopped
 
 
@@ -45,8 +45,8 @@ class Claim(IntEnum):
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One rank as the board shows it. changed and beat are monotonic seconds, allowed the seconds a phase may take."""
+class RankStatus:
+    """One rank as the table shows it. changed and beat are monotonic seconds, allowed the seconds a phase may take."""
 
     rank: int
     pid: int
@@ -66,18 +66,18 @@ class Slot:
         return f"at step {self.step}, in {self.phase}"
 
 
-class Board:
-    """The board of this node, opened by the rank with this local_rank. Raises OSError when it cannot be opened."""
+class RankStatusTable:
+    """The ranks of this node, opened by the rank with this local_rank. Raises OSError when it cannot be opened."""
 
-    def __init__(self, path: Path, num_slots: int, local_rank: int) -> None:
-        self._num_slots = num_slots
-        self._offset = HEADER_BYTES + local_rank * SLOT_BYTES
+    def __init__(self, path: Path, num_ranks: int, local_rank: int) -> None:
+        self._num_ranks = num_ranks
+        self._offset = HEADER_BYTES + local_rank * ROW_BYTES
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._memory = mmap.mmap(self._fd, board_bytes(num_slots))
+        self._memory = mmap.mmap(self._fd, table_bytes(num_ranks))
         self._lock = threading.Lock()
 
     def enter(self, rank: int, stacks_fd: int) -> None:
-        """This process takes its slot; from now on its end is a failure until it is done."""
+        """This process takes its row; from now on its end is a failure until it is done."""
         self._put(IDENTITY, IDENTITY_AT, os.getpid(), rank, State.running, stacks_fd)
 
     def leave(self) -> None:
@@ -94,17 +94,17 @@ class Board:
         """This process still runs Python; its main thread has issued so many collectives."""
         self._put(BEAT, BEAT_AT, time.monotonic(), collective)
 
-    def slots(self) -> list[Slot]:
+    def statuses(self) -> list[RankStatus]:
         """Every rank of the node that has entered."""
-        every = [self._slot(HEADER_BYTES + number * SLOT_BYTES) for number in range(self._num_slots)]
-        return [slot for slot in every if slot.state is not State.absent]
+        every = [self._status_at(HEADER_BYTES + number * ROW_BYTES) for number in range(self._num_ranks)]
+        return [status for status in every if status.state is not State.absent]
 
-    def _slot(self, at: int) -> Slot:
+    def _status_at(self, at: int) -> RankStatus:
         pid, rank, state, stacks_fd = self._get(IDENTITY, at + IDENTITY_AT)
         step, num_changes, kind, changed, allowed, phase = self._get(PLACE, at + PLACE_AT)
         beat, collective = self._get(BEAT, at + BEAT_AT)
         text = phase.rstrip(b"\0").decode(errors="replace")
-        return Slot(
+        return RankStatus(
             rank, pid, State(state), stacks_fd, step, num_changes, kind, changed, allowed, text, beat, collective
         )
 
@@ -159,14 +159,14 @@ class Board:
         return layout.unpack_from(self._memory, at)
 
 
-def board_bytes(num_slots: int) -> int:
-    return HEADER_BYTES + num_slots * SLOT_BYTES
+def table_bytes(num_ranks: int) -> int:
+    return HEADER_BYTES + num_ranks * ROW_BYTES
 
 
-def make_board_file(num_slots: int) -> Path:
-    """An empty board that only this user can open, in memory where the system has a place for that."""
+def make_table_file(num_ranks: int) -> Path:
+    """An empty table that only this user can open, in memory where the system has a place for that."""
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    handle, name = tempfile.mkstemp(prefix="tunesmith-board-", dir=folder)
-    os.ftruncate(handle, board_bytes(num_slots))
+    handle, name = tempfile.mkstemp(prefix="tunesmith-ranks-", dir=folder)
+    os.ftruncate(handle, table_bytes(num_ranks))
     os.close(handle)
     return Path(name)

@@ -1,6 +1,6 @@
 """Watches over the ranks of a run: one that dies or hangs takes the run down in seconds, with one line that says why.
 
-A thread in every rank looks at the board of its node several times a second. The first to see something claims the
+A thread in every rank looks at all ranks of its node several times a second. The first to see something claims the
 right to tell, so that it is told once: the cause on stderr, failure.json, the stacks of all threads when a rank hangs.
 Then every rank ends; those that cannot by themselves are killed.
 """
@@ -37,7 +37,7 @@ from tunesmith.train.watch.failure import (
     write_failure,
 )
 from tunesmith.train.watch.nodes import Nodes
-from tunesmith.train.watch.rank_status import Board, Claim, Slot, State, make_board_file
+from tunesmith.train.watch.rank_status import Claim, RankStatus, RankStatusTable, State, make_table_file
 from tunesmith.train.watch.timeouts import Timeouts
 
 INTERVAL = 0.25  # seconds between two looks
@@ -71,17 +71,17 @@ class Watchdog:
         self._over = threading.Event()
         self._first_step: int | None = None
         self._stacks = register_stacks()
-        self._board = _open_board(world, store)
+        self._table = _open_table(world, store)
         self._oom_kills = causes.num_oom_kills()
-        self._board.beat(0)
+        self._table.beat(0)
         self._reached(progress)
-        self._board.enter(world.rank, self._stacks.fileno())
+        self._table.enter(world.rank, self._stacks.fileno())
         progress.listener = self._reached
         barrier()
-        self._pidfds: dict[int, Slot] = {}
+        self._pidfds: dict[int, RankStatus] = {}
         self._poll = select.poll()
         self._nodes = Nodes(world, store, self._over) if world.num_nodes > 1 else None
-        self._watch_over(self._board.slots())
+        self._watch_over(self._table.statuses())
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -101,7 +101,7 @@ class Watchdog:
 
     def leave(self) -> None:
         """This rank has nothing more to do, or ends in a way that is no failure."""
-        self._board.leave()
+        self._table.leave()
         progress.listener = None
         self._over.set()
 
@@ -123,7 +123,11 @@ class Watchdog:
     def _tell_lost(self) -> None:
         """Says so when the peer that was lost is on another node, none of whose ranks is left to tell."""
         now = time.monotonic()
-        gone = [slot for slot in (self._nodes.slots() if self._nodes else []) if now - slot.beat > causes.BEAT_IS_STALE]
+        gone = [
+            status
+            for status in (self._nodes.statuses() if self._nodes else [])
+            if now - status.beat > causes.BEAT_IS_STALE
+        ]
         if gone:
             names = self._nodes.names() if self._nodes else {}
             self._tell(causes.lost(gone[0], self.world.world_size, now, names))
@@ -131,7 +135,7 @@ class Watchdog:
     def _wait_for_claim(self, seconds: float) -> None:
         """Gives another rank so long to claim."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self._board.claimed is Claim.none:
+        while time.monotonic() < deadline and self._table.claimed is Claim.none:
             time.sleep(0.02)
 
     def tell(self, cause: Cause, said: str, *, exit_code: int = 1, trace: str = "") -> NoReturn:
@@ -141,39 +145,39 @@ class Watchdog:
         stacks = collect_stacks(self._running(), self._files) if cause.kind == "hang" else None
         say(said + (f"  stacks: {stacks}\n" if stacks else ""))
         write_failure(self._files, cause, self.world.world_size, trace, stacks)
-        self._board.told(cause.line)
+        self._table.told(cause.line)
         if self._nodes:
             self._nodes.tell(cause.line, exit_code)
         self._end_others(cause)
         self._end(exit_code)
 
     def _claim(self, exit_code: int) -> bool:
-        if not self._board.claim(exit_code):
+        if not self._table.claim(exit_code):
             return False
         self._mine = True
         if self._nodes and not self._nodes.claim():
-            self._board.told(NO_WORD)  # another node is telling
+            self._table.told(NO_WORD)  # another node is telling
             return False
         return True
 
     def _follow(self) -> NoReturn:
         """Another rank tells: ends as soon as it has."""
         deadline = time.monotonic() + TELL_SECONDS
-        while self._board.claimed is not Claim.told and time.monotonic() < deadline:
+        while self._table.claimed is not Claim.told and time.monotonic() < deadline:
             time.sleep(0.02)
-        self._end(self._board.exit_code)
+        self._end(self._table.exit_code)
 
     def _end(self, exit_code: int) -> NoReturn:
         """Python's own way out would wait for threads, and the process group for ranks that are gone."""
         closing = threading.Thread(target=self._close, daemon=True)
         closing.start()
         closing.join(CLOSE_SECONDS if self.world.world_size > 1 else CLOSE_SECONDS_ALONE)
-        end(exit_code, self._board.cause)
+        end(exit_code, self._table.cause)
 
     def _close(self) -> None:
         if self.world.rank == 0:
             with contextlib.suppress(Exception):
-                self._closing(self._board.cause or NO_WORD)
+                self._closing(self._table.cause or NO_WORD)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
@@ -181,8 +185,8 @@ class Watchdog:
     def _end_others(self, cause: Cause) -> None:
         """Waits for the other ranks of the node to end; kills the one that hangs, and who is still there."""
         deadline = time.monotonic() + END_SECONDS
-        for pidfd, slot in self._pidfds.items():
-            if cause.kind == "hang" and slot.rank == cause.rank:
+        for pidfd, status in self._pidfds.items():
+            if cause.kind == "hang" and status.rank == cause.rank:
                 _kill(pidfd)
         while self._alive() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -190,8 +194,8 @@ class Watchdog:
             _kill(pidfd)
 
     def _alive(self) -> list[int]:
-        done = {slot.rank for slot in self._board.slots() if slot.state is State.done}
-        return [pidfd for pidfd, slot in self._pidfds.items() if slot.rank not in done and not _has_ended(pidfd)]
+        done = {status.rank for status in self._table.statuses() if status.state is State.done}
+        return [pidfd for pidfd, status in self._pidfds.items() if status.rank not in done and not _has_ended(pidfd)]
 
     def _reached(self, now: Progress) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -200,17 +204,17 @@ class Watchdog:
             self._first_step = now.step
         started = self._first_step is not None and now.step > self._first_step
         kind = self._timeouts.kind(now.phase, started=started)
-        self._board.reached(now.step, now.phase, now.num_changes, kind, self._timeouts.seconds(kind))
+        self._table.reached(now.step, now.phase, now.num_changes, kind, self._timeouts.seconds(kind))
 
-    def _watch_over(self, slots: list[Slot]) -> None:
-        for slot in slots:
-            if slot.pid == os.getpid():
+    def _watch_over(self, statuses: list[RankStatus]) -> None:
+        for status in statuses:
+            if status.pid == os.getpid():
                 continue
             try:
-                pidfd = os.pidfd_open(slot.pid)
+                pidfd = os.pidfd_open(status.pid)
             except OSError:  # gone already, which the others notice; or a kernel or sandbox without them
                 continue
-            self._pidfds[pidfd] = slot
+            self._pidfds[pidfd] = status
             self._poll.register(pidfd, select.POLLIN)
 
     def _watch(self) -> None:
@@ -221,10 +225,10 @@ class Watchdog:
             if now - looked > OWN_GAP:
                 awake_since = now  # stopped, or held up by C code: the others get their time again
             looked = now
-            self._board.beat(num_collectives())
+            self._table.beat(num_collectives())
             if self._over.is_set() or self._mine:
                 return
-            if self._board.claimed is not Claim.none:
+            if self._table.claimed is not Claim.none:
                 self._follow()
             self._look_for_dead(ended)
             self._look_for_hang(now, awake_since)
@@ -235,25 +239,25 @@ class Watchdog:
         for pidfd in ended:
             self._poll.unregister(pidfd)
             rank = self._pidfds[pidfd].rank
-            slot = next(slot for slot in self._board.slots() if slot.rank == rank)
-            if slot.state is State.done:
+            status = next(status for status in self._table.statuses() if status.rank == rank)
+            if status.state is State.done:
                 continue
-            status = causes.wait_status(slot.pid)
-            if status == EXIT_STOPPED << 8:
+            exit_status = causes.wait_status(status.pid)
+            if exit_status == EXIT_STOPPED << 8:
                 continue  # it was asked to end before there was anything to save, and told us too
             oom_kills = causes.num_oom_kills() - self._oom_kills
-            self._tell(causes.death(slot, self.world.world_size, status, oom_kills))
+            self._tell(causes.death(status, self.world.world_size, exit_status, oom_kills))
 
     def _look_for_hang(self, now: float, awake_since: float) -> None:
-        late = [slot for slot in self._running() if now - max(slot.changed, awake_since) > slot.allowed]
+        late = [status for status in self._running() if now - max(status.changed, awake_since) > status.allowed]
         if late:
-            time.sleep(AGAIN_SECONDS)  # a slot may have been read while it was written
+            time.sleep(AGAIN_SECONDS)  # a row may have been read while it was written
             running = self._running()
-            unmoved = {(slot.rank, slot.num_changes) for slot in running if now - slot.changed > slot.allowed}
-            late = [slot for slot in late if (slot.rank, slot.num_changes) in unmoved]
+            unmoved = {(status.rank, status.num_changes) for status in running if now - status.changed > status.allowed}
+            late = [status for status in late if (status.rank, status.num_changes) in unmoved]
         if late:
-            states = {slot.rank: causes.process_state(slot.pid) for slot in running}
-            others = self._nodes.slots() if self._nodes else []
+            states = {status.rank: causes.process_state(status.pid) for status in running}
+            others = self._nodes.statuses() if self._nodes else []
             names = self._nodes.names() if self._nodes else {}
             cause = causes.hang(late[0], running + others, self.world.world_size, time.monotonic(), states, names)
             if cause is not None:
@@ -261,30 +265,30 @@ class Watchdog:
 
     def _look_at_nodes(self, now: float) -> None:
         assert self._nodes is not None
-        self._nodes.exchange(self._board.slots(), now)
+        self._nodes.exchange(self._table.statuses(), now)
         told = self._nodes.told()
-        if told is not None and self._board.claim(told[0]):
-            self._board.told(told[1])
+        if told is not None and self._table.claim(told[0]):
+            self._table.told(told[1])
             self._end(told[0])
 
-    def _running(self) -> list[Slot]:
-        return [slot for slot in self._board.slots() if slot.state is State.running]
+    def _running(self) -> list[RankStatus]:
+        return [status for status in self._table.statuses() if status.state is State.running]
 
     def _tell(self, cause: Cause) -> NoReturn:
         self.tell(cause, f"{cause.line}\n")
 
 
-def _open_board(world: World, store: dist.Store) -> Board:
-    """The board of this node: its first rank makes the file, and takes it away once all have opened it."""
-    key = f"tunesmith/board/{world.node_rank}"
+def _open_table(world: World, store: dist.Store) -> RankStatusTable:
+    """The table of this node: its first rank makes the file, and removes it once all have opened it."""
+    key = f"tunesmith/ranks/{world.node_rank}"
     if world.local_rank == 0:
-        path = make_board_file(world.local_world_size)
+        path = make_table_file(world.local_world_size)
         store.set(key, str(path))
-    board = Board(Path(store.get(key).decode()), world.local_world_size, world.local_rank)
+    table = RankStatusTable(Path(store.get(key).decode()), world.local_world_size, world.local_rank)
     barrier()
     if world.local_rank == 0:
         path.unlink()
-    return board
+    return table
 
 
 def _kill(pidfd: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from tunesmith.train.errors import TrainingError
-from tunesmith.train.files.background_writer import Part
+from tunesmith.train.files.background_writer import RankFiles
 from tunesmith.train.files.host_copy import host_copy
 from tunesmith.train.zero.shards import ALLOWED
 
@@ -42,24 +42,24 @@ def load_plain(path: str | Path, map_location: Any = "cpu") -> Any:
 
 
 class EngineFiles(CheckpointEngine):
-    """What DeepSpeed calls to write and read. save() leaves it to this rank's Part of the checkpoint under way."""
+    """What DeepSpeed calls to write and read. save() leaves the writing to `rank_files`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.name = "tunesmith"
-        self.part: Part | None = None
+        self.rank_files: RankFiles | None = None
 
     def create(self, info: CheckpointCommitInfo) -> None:
         pass
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        assert self.part is not None
-        self.part.add_folder(Path(path))
+        assert self.rank_files is not None
+        self.rank_files.add_folder(Path(path))
 
     def save(self, state_dict: Any, path: str) -> None:
-        assert self.part is not None
-        tree = host_copy(state_dict) if self.part.background else state_dict
-        self.part.add(Path(path), partial(torch.save, tree))
+        assert self.rank_files is not None
+        tree = host_copy(state_dict) if self.rank_files.background else state_dict
+        self.rank_files.add(Path(path), partial(torch.save, tree))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return load_plain(path, map_location)

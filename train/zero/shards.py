@@ -49,7 +49,7 @@ class Record:
         self.arguments = arguments
 
 
-class Fragment(Record):
+class FragmentAddress(Record):
     """Where a rank's part of a parameter lies in its flat tensor."""
 
     start: int
@@ -68,7 +68,7 @@ class DynamicScaler(Record): ...
 # All that DeepSpeed 0.19.8 puts into a checkpoint beside plain values and tensors, which torch loads anyway: what
 # stands in for each type where DeepSpeed is not imported, and its name.
 ALLOWED: Sequence[tuple[Callable[..., Any], str]] = (
-    (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
     (Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (Scaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (DynamicScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
@@ -115,8 +115,8 @@ class Shards:
         masters = optimizer.get("fp32_groups")  # under bf16; the weights themselves under fp32
         number = 0
         for group, names in enumerate(self.model["parameter_groups"]):
-            for place, name in enumerate(names):
-                weights = masters[group][place] if masters else self.model["module"][name]
+            for address, name in enumerate(names):
+                weights = masters[group][address] if masters else self.model["module"][name]
                 found = state.get(number, {})
                 tensors = {"weights": weights.detach().reshape(-1)} | _moments(found)
                 yield WholeParameter(name, tuple(weights.shape), group, _updates(found), tensors)
@@ -127,11 +127,11 @@ class Shards:
         for group, shapes in enumerate(self.model["param_shapes"]):
             states = [shard["base_optimizer_state"]["state"].get(group, {}) for shard in self.optimizers]
             masters = [shard["single_partition_of_fp32_groups"][group] for shard in self.optimizers]
-            places = [shard["param_slice_mappings"][group] for shard in self.optimizers]
+            addresses = [shard["param_slice_mappings"][group] for shard in self.optimizers]
             for name, shape in shapes.items():
                 tensors = {}
                 for key, flats in _by_key(masters, states):
-                    parts = [(flat, place[name]) for flat, place in zip(flats, places, strict=True) if name in place]
+                    parts = [(flat, held[name]) for flat, held in zip(flats, addresses, strict=True) if name in held]
                     tensors[key] = torch.cat([flat.narrow(0, part.start, part.numel) for flat, part in parts])
                 yield WholeParameter(name, tuple(shape), group, _updates(states[0]), tensors)
 

@@ -1,4 +1,4 @@
-"""A checkpoint of another world size or ZeRO stage, taken up from its whole parameters (see engine_shards.py).
+"""A checkpoint of another world size or ZeRO stage, loaded from its whole parameters (see shards.py).
 
 Each rank reads the parts that its own optimizer holds, puts them where DeepSpeed keeps them, and lets DeepSpeed bring
 the weights of the forward up to date from the fp32 ones.
@@ -62,10 +62,10 @@ class WholeState:
         with safe_open(self.folder / self.parameters[name]["file"], framework="pt") as file:
             return file.get_slice(key)[start : start + numel] if key in file.keys() else None  # noqa: SIM118
 
-    def updates(self, part: "Part") -> set[float]:
+    def updates(self, tensor: "OptimizerTensor") -> set[float]:
         """How often what is in a tensor has been updated; as its group was where a rank holds nothing but padding."""
-        found = [self.parameters[fragment.name] for fragment in part.fragments]
-        rest = [parameter for parameter in self.parameters.values() if parameter["group"] == part.group]
+        found = [self.parameters[fragment.name] for fragment in tensor.fragments]
+        rest = [parameter for parameter in self.parameters.values() if parameter["group"] == tensor.group]
         return {parameter["updates"] for parameter in found or rest} - {None}
 
     def buffers(self) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class Fragment:
 
 
 @dataclass
-class Part:
+class OptimizerTensor:
     """A tensor of fp32 weights that this rank's optimizer updates, and what it is made of."""
 
     weights: Tensor  # the optimizer's state hangs on it
@@ -107,7 +107,7 @@ def load(engine: Any, folder: Path, group_names: list[list[str]], state_of: Stat
     optimizer, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
         raise TrainingError(
-            "a checkpoint cannot be taken up on another number of ranks, or at another stage, with state on NVMe.",
+            "a checkpoint cannot be loaded on another number of ranks, or at another stage, with state on NVMe.",
             at="engine.offload_optimizer, engine.offload_weights",
             do="go on with the ranks and the stage it was saved with, or offload to the cpu.",
         )
@@ -115,8 +115,8 @@ def load(engine: Any, folder: Path, group_names: list[list[str]], state_of: Stat
         optimizer.checkpoint_event_prologue()
     base = engine.basic_optimizer
     with torch.no_grad():
-        for part in _parts(optimizer, names):
-            _fill(part, base, whole, state_of)
+        for tensor in _optimizer_tensors(optimizer, names):
+            _fill(tensor, base, whole, state_of)
         _refresh_weights(optimizer)
         _load_buffers(engine.module, whole.buffers())
     if hasattr(optimizer, "checkpoint_event_epilogue"):
@@ -140,7 +140,7 @@ def _check_names(whole: WholeState, group_names: list[list[str]], folder: Path) 
     )
 
 
-def _parts(optimizer: Any, names: dict[int, str]) -> Iterator[Part]:
+def _optimizer_tensors(optimizer: Any, names: dict[int, str]) -> Iterator[OptimizerTensor]:
     """Every tensor that this rank's optimizer updates, wherever this kind of DeepSpeed's optimizers keeps it."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _of_stage_3(optimizer, names)
@@ -154,7 +154,7 @@ def _parts(optimizer: Any, names: dict[int, str]) -> Iterator[Part]:
     return _of_copies(groups, groups, names)
 
 
-def _of_stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Part]:
+def _of_stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[OptimizerTensor]:
     """A parameter is cut into equal parts, the last ones padded; a rank's parts of a sub-group are one tensor."""
     rank = torch.distributed.get_rank(group=optimizer.dp_process_group)
     for sub_group, parameters in enumerate(optimizer.fp16_groups):
@@ -166,12 +166,14 @@ def _of_stage_3(optimizer: Any, names: dict[int, str]) -> Iterator[Part]:
             if numel:
                 fragments.append(Fragment(names[id(parameter)], start, numel, at))
             at += size
-        yield Part(
+        yield OptimizerTensor(
             optimizer.fp32_partitioned_groups_flat[sub_group], optimizer.sub_group_to_group_id[sub_group], fragments
         )
 
 
-def _of_flat_groups(groups: list[list[nn.Parameter]], flats: list[Tensor], names: dict[int, str]) -> Iterator[Part]:
+def _of_flat_groups(
+    groups: list[list[nn.Parameter]], flats: list[Tensor], names: dict[int, str]
+) -> Iterator[OptimizerTensor]:
     """Stages 1 and 2: a rank's part of a group is one tensor, with all, a part or nothing of each parameter."""
     for group, (parameters, flat) in enumerate(zip(groups, flats, strict=True)):
         fragments = []
@@ -180,20 +182,22 @@ def _of_flat_groups(groups: list[list[nn.Parameter]], flats: list[Tensor], names
             if mapping is not None:
                 of, at = mapping.lp_fragment_address, mapping.hp_fragment_address
                 fragments.append(Fragment(names[id(parameter)], of.start, of.numel, at.start))
-        yield Part(flat, group, fragments)
+        yield OptimizerTensor(flat, group, fragments)
 
 
-def _of_copies(groups: list[list[nn.Parameter]], masters: list[list[Tensor]], names: dict[int, str]) -> Iterator[Part]:
+def _of_copies(
+    groups: list[list[nn.Parameter]], masters: list[list[Tensor]], names: dict[int, str]
+) -> Iterator[OptimizerTensor]:
     """Stage 0: every rank holds each parameter whole; the master is the parameter itself under fp32."""
     for group, (parameters, copies) in enumerate(zip(groups, masters, strict=True)):
         for parameter, master in zip(parameters, copies, strict=True):
-            yield Part(master, group, [Fragment(names[id(parameter)], 0, parameter.numel(), 0)])
+            yield OptimizerTensor(master, group, [Fragment(names[id(parameter)], 0, parameter.numel(), 0)])
 
 
-def _fill(part: Part, base: Any, whole: WholeState, state_of: StateOf) -> None:
+def _fill(tensor: OptimizerTensor, base: Any, whole: WholeState, state_of: StateOf) -> None:
     """Weights, moments and number of updates of one tensor; what pads it stays 0."""
-    _copy(part.weights, part.fragments, "weights", whole)
-    updates = whole.updates(part)
+    _copy(tensor.weights, tensor.fragments, "weights", whole)
+    updates = whole.updates(tensor)
     if not updates:
         return
     if len(updates) > 1:
@@ -202,10 +206,10 @@ def _fill(part: Part, base: Any, whole: WholeState, state_of: StateOf) -> None:
             at=str(whole.folder),
             do="resume at the stage it was saved with.",
         )
-    moments = {key: torch.zeros_like(part.weights).detach() for key in whole.moments}
+    moments = {key: torch.zeros_like(tensor.weights).detach() for key in whole.moments}
     for key, moment in moments.items():
-        _copy(moment, part.fragments, key, whole)
-    base.state[part.weights] = state_of(base, part.weights, updates.pop(), moments)
+        _copy(moment, tensor.fragments, key, whole)
+    base.state[tensor.weights] = state_of(base, tensor.weights, updates.pop(), moments)
 
 
 def _copy(tensor: Tensor, fragments: list[Fragment], key: str, whole: WholeState) -> None:

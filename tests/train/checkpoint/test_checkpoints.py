@@ -29,7 +29,7 @@ from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.fault_plan import FaultPlan, parse
 from tunesmith.train.ranks.progress import progress
 from tunesmith.train.ranks.state import RunState
-from tunesmith.train.ranks.step_vote import Verdict
+from tunesmith.train.ranks.step_vote import StepConsensus
 from tunesmith.train.track.reporter import Reporter
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ IDENTITY = Identity(
 )
 AUTO = ResumeConfig(source="auto")
 SHARD = "engine/zero_pp_rank_0_mp_rank_00_optim_states.pt"
-ALL_WRITTEN = Verdict(stop=False, save=False, unwritten=False, failed=False, busy_seconds=(0.0,))
+ALL_WRITTEN = StepConsensus(stop=False, save=False, unwritten=False, failed=False, busy_seconds=(0.0,))
 
 
 class Weights:
@@ -52,11 +52,11 @@ class Weights:
         generator = torch.Generator().manual_seed(seed)
         self.tensors = {name: torch.randn(500, generator=generator) for name in ("a", "b")}
 
-    def save(self, folder: Path, part: Any) -> None:
+    def save(self, folder: Path, rank_files: Any) -> None:
         from tunesmith.train.zero.checkpoint_engine import EngineFiles
 
         files = EngineFiles()
-        files.part = part
+        files.rank_files = rank_files
         files.makedirs(str(folder / "engine"))
         files.save({"module": self.tensors}, str(folder / "engine/mp_rank_00_model_states.pt"))
         files.save({"optimizer": {"m": self.tensors["a"] * 2, "view": self.tensors["b"][10:20]}}, str(folder / SHARD))
@@ -632,14 +632,14 @@ def other(**fingerprint: Any) -> Identity:
 
 @pytest.mark.row(19)
 def test_everything_that_differs_is_named_at_once_and_each_must_be_allowed() -> None:
-    ours = other(seed=1, base_weights="bb")
+    current = other(seed=1, base_weights="bb")
     with pytest.raises(TrainingError) as caught:
-        compare(IDENTITY, ours, [], Path("step-000006"))
+        compare(IDENTITY, current, [], Path("step-000006"))
     assert "seed: was 0, is 1; base_weights: was aa, is bb" in str(caught.value)
     assert "resume.allow=[seed,base_weights]" in str(caught.value)
     with pytest.raises(TrainingError, match="base_weights: was aa"):
-        compare(IDENTITY, ours, ["seed"], Path("step-000006"))
-    notes = compare(IDENTITY, ours, ["seed", "base_weights"], Path("step-000006"))
+        compare(IDENTITY, current, ["seed"], Path("step-000006"))
+    notes = compare(IDENTITY, current, ["seed", "base_weights"], Path("step-000006"))
     assert notes == ["since the checkpoint, seed: was 0, is 1", "since the checkpoint, base_weights: was aa, is bb"]
 
 

@@ -90,10 +90,10 @@ def test_the_lock_is_taken_over_from_an_earlier_start_of_the_same_job_alone(tmp_
         Fence().take(tmp_path, there)
     assert supersedes(NEW, tmp_path) is taken
     if taken:
-        ours = run_folder.hold(tmp_path, NEW)
+        lock = run_folder.hold(tmp_path, NEW)
         with pytest.raises(ConfigError, match="another run is writing"):
             run_folder.hold(tmp_path)
-        ours.release()
+        lock.release()
     else:
         with pytest.raises(ConfigError, match="another run is writing"):
             run_folder.hold(tmp_path, NEW)
@@ -113,9 +113,9 @@ def test_a_start_has_slurms_job_and_restart_or_a_token_of_its_own(monkeypatch):
 def test_a_watcher_hears_of_the_newer_attempt_without_any_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(fence, "LOOK_SECONDS", 0.02)
     heard = threading.Event()
-    ours = Fence()
-    ours.take(tmp_path, OLD)
-    ours.watch(lambda lost: heard.set())
+    own = Fence()
+    own.take(tmp_path, OLD)
+    own.watch(lambda lost: heard.set())
     assert not heard.wait(0.1)
     Fence().take(tmp_path, NEW)
     assert heard.wait(5)
@@ -125,9 +125,9 @@ def test_a_watcher_hears_of_the_newer_attempt_without_any_commit(tmp_path, monke
 def test_a_file_that_is_no_token_keeps_nobody_out(tmp_path, text):
     (tmp_path / fence.FILE).write_text(text)
     assert token_in(tmp_path) is None
-    ours = Fence()
-    ours.join(tmp_path, NEW)
-    ours.check()
+    own = Fence()
+    own.join(tmp_path, NEW)
+    own.check()
     assert not supersedes(NEW, tmp_path)
 
 

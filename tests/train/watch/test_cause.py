@@ -12,11 +12,11 @@ import pytest
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.ranks.phases import Phase, TimeoutKind
 from tunesmith.train.watch import cause
-from tunesmith.train.watch.rank_status import Slot, State
+from tunesmith.train.watch.rank_status import RankStatus, State
 from tunesmith.train.watch.timeouts import Timeouts
 
 NOW = 1000.0
-SLOT = Slot(
+STATUS = RankStatus(
     rank=0,
     pid=100,
     state=State.running,
@@ -33,21 +33,21 @@ SLOT = Slot(
 RUNNING = {0: "S", 1: "S", 2: "R"}
 
 
-def ranks(**of_rank_1: object) -> list[Slot]:
-    return [SLOT, replace(SLOT, rank=1, pid=101, **of_rank_1), replace(SLOT, rank=2, pid=102)]
+def ranks(**of_rank_1: object) -> list[RankStatus]:
+    return [STATUS, replace(STATUS, rank=1, pid=101, **of_rank_1), replace(STATUS, rank=2, pid=102)]
 
 
-def said_of_hang(slots: list[Slot], states: dict[int, str] = RUNNING) -> cause.Cause:
-    found = cause.hang(slots[0], slots, 3, NOW, states)
+def said_of_hang(statuses: list[RankStatus], states: dict[int, str] = RUNNING) -> cause.Cause:
+    found = cause.hang(statuses[0], statuses, 3, NOW, states)
     assert found is not None
     return found
 
 
 @pytest.mark.parametrize("still", [0.0, 19.9])
 def test_a_rank_that_others_wait_for_but_that_moves_on_is_slow_and_not_hanging(still: float) -> None:
-    slots = ranks(collective=89, changed=NOW - still)
-    assert cause.hang(slots[0], slots, 3, NOW, RUNNING) is None
-    assert cause.hang(slots[0], ranks(collective=89, changed=NOW - 20.1), 3, NOW, RUNNING) is not None
+    statuses = ranks(collective=89, changed=NOW - still)
+    assert cause.hang(statuses[0], statuses, 3, NOW, RUNNING) is None
+    assert cause.hang(statuses[0], ranks(collective=89, changed=NOW - 20.1), 3, NOW, RUNNING) is not None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_the_end_of_a_process_is_told_from_its_zombie(code: str, words: str) -> 
             time.sleep(0.01)
         status = cause.wait_status(process.pid)
     assert status is not None
-    found = cause.death(replace(SLOT, pid=process.pid), 3, status, 0)
+    found = cause.death(replace(STATUS, pid=process.pid), 3, status, 0)
     assert found.line.startswith(f"rank 0 of 3 (pid {process.pid}) {words} at step 7, in forward")
     assert ("dmesg" in found.line) is ("SIGKILL" in words)
 
@@ -75,7 +75,7 @@ def test_a_process_that_was_waited_for_has_no_status() -> None:
     process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     assert cause.wait_status(int(process.stdout)) is None
     assert cause.process_state(int(process.stdout)) == ""
-    assert "ended, before the run was over, at step 7" in cause.death(SLOT, 3, None, 0).line
+    assert "ended, before the run was over, at step 7" in cause.death(STATUS, 3, None, 0).line
 
 
 def test_a_running_process_has_no_status_and_a_stopped_one_says_so() -> None:
@@ -90,7 +90,7 @@ def test_a_running_process_has_no_status_and_a_stopped_one_says_so() -> None:
 
 
 def test_the_kernel_is_named_when_it_killed_for_memory() -> None:
-    assert "the kernel did it for lack of memory" in cause.death(SLOT, 3, signal.SIGKILL, 1).line
+    assert "the kernel did it for lack of memory" in cause.death(STATUS, 3, signal.SIGKILL, 1).line
     assert cause.num_oom_kills() >= 0
 
 
@@ -116,10 +116,10 @@ def test_the_rank_that_the_others_wait_for_is_named(
 
 def test_a_stopped_rank_comes_before_one_that_holds_the_lock_and_that_before_one_that_is_behind() -> None:
     stopped, holding, behind = ranks()
-    slots = [stopped, replace(holding, beat=NOW - 9), replace(behind, collective=1)]
-    assert said_of_hang(slots, RUNNING | {0: "T"}).rank == 0
-    assert said_of_hang(slots).rank == 1
-    assert said_of_hang([slots[0], slots[2]]).rank == 2
+    statuses = [stopped, replace(holding, beat=NOW - 9), replace(behind, collective=1)]
+    assert said_of_hang(statuses, RUNNING | {0: "T"}).rank == 0
+    assert said_of_hang(statuses).rank == 1
+    assert said_of_hang([statuses[0], statuses[2]]).rank == 2
 
 
 def test_ranks_that_all_wait_in_the_same_collective_blame_the_network() -> None:
@@ -129,7 +129,7 @@ def test_ranks_that_all_wait_in_the_same_collective_blame_the_network() -> None:
 
 
 def test_one_rank_alone_waits_for_nobody() -> None:
-    found = cause.hang(SLOT, [SLOT], 1, NOW, {0: "S"})
+    found = cause.hang(STATUS, [STATUS], 1, NOW, {0: "S"})
     assert found is not None
     assert found.line.startswith("rank 0 of 1 (pid 100) hangs at step 7, in forward: nothing moved for 21 s")
     assert "wait" not in found.line
@@ -143,8 +143,8 @@ def test_a_rank_of_a_silent_node_is_lost() -> None:
 def test_an_error_is_one_line() -> None:
     found = cause.error(1, 2, 3, "backward", ValueError("two\nlines"))
     assert found.line == "rank 1 of 2 failed at step 3, in backward: ValueError: two lines"
-    ours = cause.error(1, 2, 3, "backward", ConfigError("wrong.", at="seed", do="mend it."))
-    assert ours.line == "rank 1 of 2 failed at step 3, in backward: ConfigError: wrong."
+    known = cause.error(1, 2, 3, "backward", ConfigError("wrong.", at="seed", do="mend it."))
+    assert known.line == "rank 1 of 2 failed at step 3, in backward: ConfigError: wrong."
     assert cause.error(0, 1, 0, "starting", AssertionError()).line.endswith("in starting: AssertionError")
 
 

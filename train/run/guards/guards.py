@@ -33,7 +33,7 @@ class Guards:
     def after_step(self, step: Step, seconds: float) -> None:
         """A step is done and counted. Raises TrainingError or RollBack, on all ranks alike."""
         state = self._session.state
-        for slow in self._stragglers.add(step.verdict.busy_seconds, seconds):
+        for slow in self._stragglers.add(step.consensus.busy_seconds, seconds):
             self._run.reporter.warn(f"step {state.step}: {slow}")
         if not step.applied:
             self._check_skips(step)

@@ -78,7 +78,7 @@ def slept(rank: Any, overrides: list[str], faults: str) -> dict[str, Any]:
         started = time.monotonic()
         with rank.faults(loop, faults):
             loop.train()
-    busy = [step.verdict.busy_seconds for step in recorder.steps]
+    busy = [step.consensus.busy_seconds for step in recorder.steps]
     return {"warnings": recorder.warnings, "busy": busy, "seconds": time.monotonic() - started}
 
 

@@ -7,12 +7,12 @@ import sys
 from typing import IO, Any, cast
 
 
-def outlet(name: str) -> IO[str]:
+def unfailing_stream(name: str) -> IO[str]:
     """The stream of this name, `stdout` or `stderr`, that never raises."""
-    return cast(IO[str], Outlet(name))
+    return cast(IO[str], UnfailingStream(name))
 
 
-class Outlet:
+class UnfailingStream:
     """sys.stdout or sys.stderr as it is at each moment; after its first failure what is written is dropped."""
 
     def __init__(self, name: str) -> None:
