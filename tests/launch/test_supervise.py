@@ -303,15 +303,6 @@ def test_the_last_output_folder_counts(tmp_path: Path) -> None:
     assert command[-1] == f"output_dir={folder}"
 
 
-def test_a_checkpoint_without_its_manifest_is_no_progress(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints/step-000007").mkdir(parents=True)
-    assert newest_checkpoint(tmp_path) == 0
-    for name in ("step-000005", ".staged-step-000009", "step-000008.bad"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "MANIFEST.json").write_text("{}")
-    assert newest_checkpoint(tmp_path) == 5
-
-
 SMALL = (
     "+exp=debug",
     "data.preview=0",

@@ -123,7 +123,7 @@ class Checkpoints:
         """
         self.settle()
         if self.saved_step == state.step:
-            return self._path(state.step)
+            return step_folder(self.run_dir, state.step)
         self._clock = started = time.monotonic()
         durable.save_begins()
         target = step_folder(self.run_dir, state.step)
@@ -215,10 +215,7 @@ class Checkpoints:
         return sorted(map(step_of, published(self.run_dir)))
 
     def newest(self) -> Path | None:
-        return self._path(self.saved_step) if self.saved_step is not None else None
-
-    def _path(self, step: int) -> Path:
-        return step_folder(self.run_dir, step)
+        return step_folder(self.run_dir, self.saved_step) if self.saved_step is not None else None
 
     def _begin(self, target: Path) -> tuple[Path | None, str]:
         """The staged folder, None when the step is there already, whole; and what is wrong. The same on every rank."""

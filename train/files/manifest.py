@@ -50,7 +50,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The file. Its own digest stands in it, over everything else."""
-        tree = _plain({"format": FORMAT_VERSION, **asdict(self)})
+        tree = plain({"format": FORMAT_VERSION, **asdict(self)})
         return json_bytes(tree | {"sha256": _digest(tree)})
 
 
@@ -102,18 +102,12 @@ def _digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json_bytes(tree)).hexdigest()
 
 
-def _plain(tree: Any) -> Any:
-    """As it will be read back: keys are texts, tuples lists, infinite numbers texts."""
+def plain(tree: Any) -> Any:
+    """A tree as it will be read back from a manifest: keys are texts, tuples lists, infinite numbers texts."""
     if isinstance(tree, dict):
-        return {str(key): _plain(value) for key, value in tree.items()}
+        return {str(key): plain(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_plain(value) for value in tree]
+        return [plain(value) for value in tree]
     if isinstance(tree, float) and not math.isfinite(tree):
         return str(tree)
     return tree if isinstance(tree, bool | int | float | type(None)) else str(tree)
-
-
-def plain(tree: dict[str, Any]) -> dict[str, Any]:
-    """The values of a fingerprint, as a manifest holds them."""
-    found: dict[str, Any] = _plain(tree)
-    return found

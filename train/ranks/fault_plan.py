@@ -30,27 +30,11 @@ if TYPE_CHECKING:
 
 VARIABLE = "TUNESMITH_FAULTS"
 RESTART = "TUNESMITH_RESTART"  # how many attempts there were before this one
-KINDS = (
-    "kill",
-    "exit",
-    "raise",
-    "sleep",
-    "stop",
-    "gil",
-    "slow",
-    "nan",
-    "inf",
-    "spike",
-    "oom",
-    "term",
-    "int",
-    "usr1",
-    "flip",
-)
 FILE_KINDS = ("kill_at_file", "full_disk", "list_files")
-NOT_BY_PHASE = ("nan", "inf", "spike", *FILE_KINDS)
 LOSS_FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 50.0}
-SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP", "term": "SIGTERM", "int": "SIGINT", "usr1": "SIGUSR1"}
+NOT_BY_PHASE = (*LOSS_FACTORS, *FILE_KINDS)
+SIGNALS = ("kill", "stop", "term", "int", "usr1")
+KINDS = (*SIGNALS, *LOSS_FACTORS, "exit", "raise", "sleep", "slow", "gil", "oom", "flip", *FILE_KINDS)
 
 
 @dataclass
@@ -163,8 +147,8 @@ class FaultPlan:
 def parse(text: str) -> Fault:
     """One fault from `kind:name=value,...`. Raises ValueError."""
     kind, _, rest = text.strip().partition(":")
-    if kind not in KINDS + FILE_KINDS:
-        raise ValueError(f"{VARIABLE}: there is no fault {kind!r}; there are {', '.join(KINDS + FILE_KINDS)}.")
+    if kind not in KINDS:
+        raise ValueError(f"{VARIABLE}: there is no fault {kind!r}; there are {', '.join(KINDS)}.")
     fault = Fault(kind, seconds=0.3 if kind == "slow" else 3600.0)
     for pair in filter(None, rest.split(",")):
         name, _, value = pair.strip().partition("=")
@@ -196,7 +180,7 @@ def flip_a_bit(weight: "torch.Tensor | None") -> None:
 
 def act(fault: Fault) -> None:
     if fault.kind in SIGNALS:
-        os.kill(os.getpid(), getattr(signal, SIGNALS[fault.kind]))
+        os.kill(os.getpid(), getattr(signal, f"SIG{fault.kind.upper()}"))
     elif fault.kind == "exit":
         os._exit(0)
     elif fault.kind == "raise":
