@@ -12,6 +12,7 @@ from tunesmith.train.checkpoint import conversion, fingerprint
 from tunesmith.train.checkpoint import find as checkpoint_find
 from tunesmith.train.checkpoint.checkpoints import Checkpoints
 from tunesmith.train.checkpoint.conversion import Conversion
+from tunesmith.train.checkpoint.find import FoundCheckpoint
 from tunesmith.train.checkpoint.random_state import seed_rank
 from tunesmith.train.config.config import AdapterKind, Config, Kernels
 from tunesmith.train.data.prepare import PreparedData
