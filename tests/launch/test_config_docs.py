@@ -1,10 +1,10 @@
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tunesmith.launch import config_docs
 from tunesmith.train.config.compose import schema_keys
-from tunesmith.train.config.config import Config
 from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import ConfigError
 
@@ -52,5 +52,13 @@ def test_no_cell_is_broken_by_a_bar_or_swallowed_as_a_tag() -> None:
             assert "<" not in line.split(" | ", 1)[1].replace("`", "")
 
 
+@dataclass
+class Sizes:
+    long: (
+        int | None  # a type of several lines
+    ) = None
+    short: int = 1  # one line
+
+
 def test_a_comment_beside_a_field_of_several_lines_is_found() -> None:
-    assert config_docs.field_comments(Config)["seed"].startswith("of the data order")
+    assert config_docs.field_comments(Sizes) == {"long": "a type of several lines", "short": "one line"}

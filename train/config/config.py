@@ -1,46 +1,28 @@
 """What a run is: one dataclass with a group for each concept, and the rules that span groups.
 
-The groups stand in schema/: what.py (who learns what), how.py (how it learns), around.py (what goes on beside it),
-cluster.py (on which machines).
-Composition (yaml files, overrides, error places) is `compose.py`; nothing here imports Hydra or torch.
+Each group has a file in schema/, named as its folder in conf/. `compose.py` makes a Config of yaml files and overrides;
+nothing here imports Hydra or torch.
 """
 
 import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-from tunesmith.train.config.schema.around import (
-    CheckpointConfig,
-    EvaluateConfig,
-    MetricGoal,
-    ProfileConfig,
-    ResumeConfig,
-    TrackConfig,
-    WandbMode,
-)
+from tunesmith.train.config.schema.adapter import AdapterConfig, AdapterKind
+from tunesmith.train.config.schema.batch import BatchConfig, Packing
+from tunesmith.train.config.schema.checkpoint import CheckpointConfig
 from tunesmith.train.config.schema.checks import check_no_empty_text
 from tunesmith.train.config.schema.cluster import ClusterConfig, ClusterKind, ContainerRuntime, Device
-from tunesmith.train.config.schema.how import (
-    BatchConfig,
-    EngineConfig,
-    Offload,
-    OnSpike,
-    OptimizerConfig,
-    Packing,
-    Precision,
-    ScheduleConfig,
-    ScheduleKind,
-)
-from tunesmith.train.config.schema.what import (
-    AdapterConfig,
-    AdapterKind,
-    Attention,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    Targets,
-    Truncate,
-)
+from tunesmith.train.config.schema.data import DataConfig, Truncate
+from tunesmith.train.config.schema.engine import EngineConfig, Offload, Precision
+from tunesmith.train.config.schema.evaluate import EvaluateConfig, MetricGoal
+from tunesmith.train.config.schema.model import Attention, ModelConfig
+from tunesmith.train.config.schema.objective import ObjectiveConfig, Targets
+from tunesmith.train.config.schema.optimizer import OnSpike, OptimizerConfig
+from tunesmith.train.config.schema.profile import ProfileConfig
+from tunesmith.train.config.schema.resume import ResumeConfig
+from tunesmith.train.config.schema.schedule import ScheduleConfig, ScheduleKind
+from tunesmith.train.config.schema.track import TrackConfig, WandbMode
 from tunesmith.train.errors import ConfigError
 
 __all__ = [
@@ -95,9 +77,7 @@ class Config:
     name: str = "run"  # of the run: its folder, its W&B name
     seed: int = 0  # of the data order, the split, random weights and dropout
     output_dir: str | None = None  # the run folder; null: runs/<name>-<date>-<time>
-    kernels: Kernels = (
-        Kernels.auto
-    )  # of loss and LoRA: triton, torch, auto (triton on a GPU, else torch), or off: none of ours
+    kernels: Kernels = Kernels.auto  # of loss and LoRA: triton; torch; auto: triton on a GPU, else torch; off: neither
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig
