@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from tunesmith.launch.arguments import main
 from tunesmith.train.config.compose import SEARCH_SPACES, compose_tree, type_in_words
 from tunesmith.train.config.config import Config
-from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import CONF_DIR
 
-PAGE = CONF_DIR.resolve().parent / "docs" / "config.md"
+PAGE = CONF_DIR.parent / "docs" / "config.md"
 INTRO = """\
 # Every setting
 

@@ -32,7 +32,8 @@ def compose_and_train(arguments: list[str]) -> None:
     start, arguments = take_option(arguments, "--start")
     if start is not None:  # by launch/hosts.py; first, as libraries read variables while they are imported
         arguments = start_file.take(Path(start))
-    from tunesmith.train.config.compose import CONF_DIR, compose_config
+    from tunesmith.train.config.compose import compose_config
+    from tunesmith.train.paths import CONF_DIR
 
     config_dir, overrides = take_option(arguments, "--config-dir")
     own = None if config_dir is None else Path(config_dir).expanduser()

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.launch.arguments import main
-from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import TunesmithError
+from tunesmith.train.paths import CONF_DIR
 
-ROOT = CONF_DIR.resolve().parent
+ROOT = CONF_DIR.parent
 EVALUATES = frozenset({"eval", "exec", "compile", "__import__", "execfile"})
 # Each sends a pickle to the other ranks, under any name that torch.distributed was imported as.
 OBJECT_COLLECTIVES = frozenset(

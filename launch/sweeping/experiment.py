@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 from tunesmith.launch.sweeping.plan import OWN_KEYS, Plan
 from tunesmith.train.config.compose import compose_config, compose_tree, group_options
-from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.files.durable import write_atomically
+from tunesmith.train.paths import CONF_DIR
 
 HEAD = "# @package _global_\n"
 
@@ -20,11 +20,11 @@ def write_experiment(plan: Plan, number: int, params: dict[str, Any], name: str,
     if path.is_file() and path.read_text(encoding="utf-8").startswith(f"{HEAD}# {comment}\n"):
         return path
     composed = compose_config(plan.space.overrides(params), plan.config_dir)
-    assert composed.places is not None
+    assert composed.origins is not None
     wanted = _without_own(composed.resolved)
     listed = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     usual = {group: option for entry in listed if isinstance(entry, dict) for group, option in entry.items()}
-    chosen = {group: options[0] for group, options in composed.places.choices().items() if group in usual}
+    chosen = {group: options[0] for group, options in composed.origins.choices().items() if group in usual}
     chosen = {
         group: option
         for group, option in chosen.items()

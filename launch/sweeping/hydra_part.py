@@ -24,10 +24,11 @@ from tunesmith.launch.sweeping.plan import quoted
 from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, Sampler, SweeperConfig
 from tunesmith.train.config.compose import SEARCH_SPACES, admit_raw_key, parse_override
 from tunesmith.train.config.config import Config
-from tunesmith.train.config.origins import CONF_DIR, line_of_key, one_line, shown
+from tunesmith.train.config.origins import line_of_key, one_line, shown
 from tunesmith.train.config.own_yaml import not_yaml
 from tunesmith.train.config.suggest import did_you_mean, nearest
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import CONF_DIR
 
 SWEEPERS = {"grid": Sampler.grid, "random": Sampler.random, "optuna": Sampler.tpe}
 CHOICES = {"hydra/sweeper": list(SWEEPERS), "hydra/launcher": list(LAUNCHERS)}

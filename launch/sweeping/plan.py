@@ -17,9 +17,9 @@ from tunesmith.launch.sweeping.space import Space, read_space
 from tunesmith.launch.typed_secrets import is_secret, refuse_secrets
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.config.config import ClusterKind, Config, Device
-from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files.durable import write_atomically
+from tunesmith.train.paths import CONF_DIR
 
 DEFINITION = "definition.json"  # in the sweep's folder: what is searched, which a second command must share
 LONGEST_NAME = 80  # characters of the run's name in those of its trials and of the sweep; a name has at most 100

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from tunesmith.train.config.origins import CONF_DIR
+from tunesmith.train.paths import CONF_DIR
 
-TINY = CONF_DIR.resolve() / "model/tiny"
+TINY = CONF_DIR / "model/tiny"
 GOOD = '{"prompt": "How do I log in?", "completion": "With your e-mail."}\n'
 Run = Callable[..., dict[str, Any]]
 SMALL = ("+exp=debug", "data.validation=[]", "evaluate.every_steps=null", "batch.sequence_length=128")

@@ -5,8 +5,8 @@ import pytest
 
 from tunesmith.launch import config_docs
 from tunesmith.train.config.compose import schema_keys
-from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import CONF_DIR
 
 
 def test_the_page_is_not_stale() -> None:

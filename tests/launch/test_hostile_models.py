@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from tunesmith.train.config.compose import compose_config
-from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.data.tokenizer import load_tokenizer
 from tunesmith.train.errors import ConfigError, ModelError
 from tunesmith.train.model.foreign_code import check_adapter, check_kernels
+from tunesmith.train.paths import CONF_DIR
 
-TINY = CONF_DIR.resolve() / "model/tiny"
+TINY = CONF_DIR / "model/tiny"
 FLAG = "model.trust_remote_code=true"
 ROW = '{"prompt": "How do I log in?", "completion": "With your e-mail."}\n'
 SMALL = ("+exp=debug", "data.validation=[]", "evaluate.every_steps=null", "evaluate.generate=false")

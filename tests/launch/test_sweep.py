@@ -22,8 +22,8 @@ from tunesmith.launch.sweeping.hydra_part import (
 from tunesmith.launch.sweeping.plan import make_plan
 from tunesmith.launch.sweeping.settings import Sampler
 from tunesmith.train.config.compose import compose_config
-from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import CONF_DIR
 
 
 @pytest.mark.parametrize(

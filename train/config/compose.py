@@ -22,10 +22,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from tunesmith.train.config.config import Config
-from tunesmith.train.config.origins import CONF_DIR, Places, one_line
+from tunesmith.train.config.origins import Origins, one_line
 from tunesmith.train.config.own_yaml import check_option, check_own_folder, not_yaml
 from tunesmith.train.config.suggest import did_you_mean, suggest_key
 from tunesmith.train.errors import ConfigError, TunesmithError
+from tunesmith.train.paths import CONF_DIR
 
 RAW_KEYS = ("engine.deepspeed", "objective.settings")  # what stands below them is no part of the schema
 SEE_DOCS = "docs/config.md lists every setting."
@@ -38,7 +39,7 @@ class Composed:
 
     config: Config
     resolved: dict[str, Any]
-    places: Places | None = None  # where its values stand; None for one that was read back
+    origins: Origins | None = None  # of its values; None for a config that was read back
 
     @contextmanager
     def errors_located(self) -> Iterator[None]:
@@ -46,8 +47,8 @@ class Composed:
         try:
             yield
         except TunesmithError as error:
-            if self.places and error.at and (error.at in schema_keys() or below_raw_key(error.at)):
-                error.at = self.places.find(error.at)
+            if self.origins and error.at and (error.at in schema_keys() or below_raw_key(error.at)):
+                error.at = self.origins.find(error.at)
             raise
 
 
@@ -70,13 +71,13 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
     """
     own = config_dir.expanduser().absolute() if config_dir is not None else None
     folders = [CONF_DIR, *([own] if own else [])]
-    places = Places(list(overrides), folders)
-    with _errors_in_our_words(places):
+    origins = Origins(list(overrides), folders)
+    with _errors_in_our_words(origins):
         if own:
-            check_own_folder(own, places, lambda group: group_options(group, folders))
+            check_own_folder(own, origins, lambda group: group_options(group, folders))
         _check_overrides(overrides, folders)
         composed = _to_config(compose_tree(overrides, own))
-    composed.places = places
+    composed.origins = origins
     return composed
 
 
@@ -97,7 +98,7 @@ def load_resolved(path: Path) -> Config:
 
     It was written with every value resolved: a ${...} in it was put there later, and would read this environment.
     """
-    with _errors_in_our_words(Places([], [path.parent])):
+    with _errors_in_our_words(Origins([], [path.parent])):
         loaded = OmegaConf.load(path)
         if asks := _first_interpolation(OmegaConf.to_container(loaded)):
             raise ConfigError(
@@ -221,32 +222,32 @@ def _unknown_key(key: str, at: str, folders: list[Path]) -> ConfigError:
 
 
 @contextmanager
-def _errors_in_our_words(places: Places) -> Iterator[None]:
+def _errors_in_our_words(origins: Origins) -> Iterator[None]:
     """Turns what Hydra, OmegaConf, yaml and our own checks raise into one ConfigError with its place."""
     try:
         yield
     except ConfigError as error:
         if error.key is not None:
-            error.at = places.find(error.key)
+            error.at = origins.find(error.key)
         raise
     except (OmegaConfBaseException, HydraException) as error:
-        raise _translated(error, places) from None
+        raise _translated(error, origins) from None
     except yaml.YAMLError as error:
         raise not_yaml(error) from None
 
 
-def _translated(error: BaseException, places: Places) -> ConfigError:
+def _translated(error: BaseException, origins: Origins) -> ConfigError:
     cause: BaseException = error
     while not getattr(cause, "full_key", None) and (cause.__cause__ or cause.__context__):
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
     key, keys = getattr(cause, "full_key", None), schema_keys()
     if key and key not in keys and key.split("[")[0] not in keys:
-        return _unknown_key(key, places.find(key), places.folders)
+        return _unknown_key(key, origins.find(key), origins.folders)
     if key:
         key = key.split("[")[0]
         broken = isinstance(cause, InterpolationResolutionError)
         do = "write the value, or correct what stands in ${...}." if broken else f"give {type_in_words(keys[key])}."
-        return ConfigError(f"{key}: {_first_line(cause)}.", at=places.find(key), do=do)
+        return ConfigError(f"{key}: {_first_line(cause)}.", at=origins.find(key), do=do)
     return ConfigError(f"{_first_line(error)}.", at="config", do=SEE_DOCS)
 
 

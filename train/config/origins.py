@@ -7,12 +7,13 @@ from typing import Any
 
 import yaml
 
-CONF_DIR = Path(__file__).absolute().parents[2] / "conf"
+from tunesmith.train.paths import CONF_DIR
+
 SHIPPED = "conf"  # how errors name CONF_DIR
 
 
 @dataclass
-class Places:
+class Origins:
     """Finds keys: on the command line first, then in the yaml files from the most specific down.
 
     Args:
@@ -25,7 +26,7 @@ class Places:
     _choices: dict[str, list[str]] | None = field(default=None, repr=False)
 
     def find(self, key: str) -> str:
-        """`key (file:line)`, `key (command line: key=value)`, or the key alone when it stands nowhere."""
+        """`key (file:line)`, `key (command line: key=value)`, or the key alone when nothing sets it."""
         for override in reversed(self.overrides):
             typed = override.lstrip("+~").split("=", 1)[0]
             if typed == key or typed.startswith(f"{key}."):
@@ -36,7 +37,7 @@ class Places:
         return key
 
     def choices(self) -> dict[str, list[str]]:
-        """The options chosen in each group by command line and defaults lists, the one with the last word first."""
+        """The options chosen in each group by command line and defaults lists, the one that wins first."""
         if self._choices is None:
             self._choices = {}
             for override in reversed(self.overrides):
@@ -74,7 +75,7 @@ class Places:
 
 
 def line_of_key(path: Path, keys: list[str]) -> int | None:
-    """Line of a nested key in a yaml file, counted from 1; None when it does not stand there."""
+    """Line of a nested key in a yaml file, counted from 1; None when the file does not have it."""
     node: Any = _parsed(path)
     line = None
     for name in keys:
@@ -88,7 +89,7 @@ def line_of_key(path: Path, keys: list[str]) -> int | None:
 
 
 def one_line(text: str) -> str:
-    """What was typed, as it is unless it would break the line or hide in it."""
+    """What was typed; escaped where it would break the line or hide in it."""
     return text if text.isprintable() else repr(text)
 
 
@@ -98,7 +99,7 @@ def shown(path: Path) -> str:
 
 
 def _parsed(path: Path) -> yaml.Node | None:
-    """The nodes of a file; nothing in it is constructed. None when it is not there, not text or not yaml."""
+    """The nodes of a file; no object is built from it. None when it is missing, not text or not yaml."""
     try:
         return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -9,16 +9,17 @@ from typing import Any, get_type_hints
 import yaml
 
 from tunesmith.train.config.config import Config
-from tunesmith.train.config.origins import CONF_DIR, Places, line_of_key, shown
+from tunesmith.train.config.origins import Origins, line_of_key, shown
 from tunesmith.train.config.suggest import did_you_mean, nearest
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import CONF_DIR
 
 GLOBAL_PACKAGE = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
 HYDRA_PACKAGE = re.compile(r"^#\s*@package\s+hydra\b", re.MULTILINE)
 Options = Callable[[str], list[str]]  # a group -> its options
 
 
-def check_own_folder(folder: Path, places: Places, options: Options) -> None:
+def check_own_folder(folder: Path, origins: Origins, options: Options) -> None:
     """Raises ConfigError for what is wrong with the chosen yaml files of the folder, or when it is none."""
     if not folder.is_dir():
         raise ConfigError(
@@ -31,7 +32,7 @@ def check_own_folder(folder: Path, places: Places, options: Options) -> None:
                 at=str(path),
                 do="give your file another name.",
             )
-    for group, chosen in places.choices().items():
+    for group, chosen in origins.choices().items():
         for path in [folder / group / f"{option}.yaml" for option in chosen]:
             if path.is_file():
                 _check_file(path, group, options)

@@ -3,8 +3,8 @@
 import pytest
 
 from tunesmith.launch.sweeping.space import Interval, Values, read_space
-from tunesmith.train.config.origins import CONF_DIR
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import CONF_DIR
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from tunesmith.train.config.compose import (
     type_in_words,
 )
 from tunesmith.train.config.config import Precision
-from tunesmith.train.config.origins import CONF_DIR, Places, line_of_key
+from tunesmith.train.config.origins import Origins, line_of_key
 from tunesmith.train.errors import ConfigError, ModelError
+from tunesmith.train.paths import CONF_DIR
 
 GROUPS = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and any(path.glob("*.yaml")))
 OPTIONS = [(group, option) for group in GROUPS for option in group_options(group, [CONF_DIR])]
@@ -175,7 +176,7 @@ def test_an_error_in_a_shipped_file_names_its_line() -> None:
 def test_of_two_experiments_the_second_changes_the_first() -> None:
     config = compose_config(["+exp=[support_bot,debug]", "schedule.epochs=null"]).config
     assert (config.name, config.schedule.max_steps, config.optimizer.weight_decay) == ("debug", 6, 0.1)
-    assert "conf/exp/debug.yaml" in Places(["+exp=[support_bot,debug]"], [CONF_DIR]).find("name")
+    assert "conf/exp/debug.yaml" in Origins(["+exp=[support_bot,debug]"], [CONF_DIR]).find("name")
 
 
 def test_an_error_found_while_the_config_is_used_is_given_its_line() -> None:
