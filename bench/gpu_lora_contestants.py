@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tunesmith.kernels.lora_linear import lora_linear_group
+from tunesmith.kernels.lora.lora_linear import lora_linear_group
 
 Layers = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.kernels.device import add_mm_fp32, why_not_triton
-from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy
+from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 COMPILED_CHUNKS = 8

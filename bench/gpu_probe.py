@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from gpu_measuring import Budget, arguments, error, finish, first_line, table, take_turns
 
-from tunesmith.kernels import lora_torch
 from tunesmith.kernels.blocks import Block, block
 from tunesmith.kernels.device import arch, mm_fp32, num_multiprocessors, why_not_triton
-from tunesmith.kernels.lce_backends import wave_rows
-from tunesmith.kernels.lce_head import make_head
-from tunesmith.kernels.lce_rows import Slice, Terms
+from tunesmith.kernels.lce.backends import wave_rows
+from tunesmith.kernels.lce.head import make_head
+from tunesmith.kernels.lce.rows import Slice, Terms
+from tunesmith.kernels.lora import torch_backend
 from tunesmith.kernels.philox import dropout
 
 HEADS = {"1B": (2048, 128256), "7B": (3584, 152064), "8B": (4096, 128256)}
@@ -93,27 +93,28 @@ class Probe:
 
     def row_kernel(self) -> Iterator[Row]:
         """Item 2. After the first call it reads its own gradients: the same bytes and as many exps."""
-        from tunesmith.kernels import lce_chunked
+        from tunesmith.kernels.lce import chunked
 
         for head, (_, V) in self.heads.items():
             logits, labels = self.tensor(self.chunk, V, scale=3.0), self._labels(self.chunk, V)
             exact = logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
-            for sizes in lce_chunked.ROW_BLOCKS[arch(self.device)]:
+            for sizes in chunked.ROW_BLOCKS[arch(self.device)]:
                 slab, out = logits.clone(), torch.empty(9, len(logits), dtype=torch.float32, device=self.device)
                 call = partial(_launch_rows, slab, labels, torch.ones_like(out[0]), out, sizes)
                 call()
-                wrong = error(out[lce_chunked.NLL], -exact)
+                wrong = error(out[chunked.NLL], -exact)
                 ms = self.times({"rows": call})["rows"]
                 yield ["2 rows", f"{head} {_name(sizes)}", ms, _rate(2 * slab.nbytes, ms), "GB/s", f"error {wrong:.1e}"]
 
     def anchored_product(self) -> Iterator[Row]:
         """Item 3."""
-        from tunesmith.kernels import blocks, lce_anchored
+        from tunesmith.kernels import blocks
+        from tunesmith.kernels.lce import anchored
 
         for name, (D, V) in self.heads.items():
             rows = 16 if self.tiny else wave_rows(SLAB_BYTES // (2 * V), D, num_multiprocessors(self.device), False)
             hidden, weight, labels = self.tensor(rows, D), self.tensor(V, D, scale=3 * D**-0.5), self._labels(rows, V)
-            candidates = lce_anchored.GEMM_BLOCKS[arch(self.device)] + (SPECIALIZED if arch(self.device) == 90 else [])
+            candidates = anchored.GEMM_BLOCKS[arch(self.device)] + (SPECIALIZED if arch(self.device) == 90 else [])
             for sizes in candidates:
                 blocks.picked["lce_gemm", (D, V)] = sizes
                 for stores in (True, False):
@@ -122,21 +123,21 @@ class Probe:
                 del blocks.picked["lce_gemm", (D, V)]
 
     def _one_product(self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, stores: bool) -> Row:
-        from tunesmith.kernels import lce_anchored
+        from tunesmith.kernels.lce import anchored
 
         head = make_head(
             weight, None, Terms(), Slice(0, len(weight)),
             wants_hidden=stores, wants_unembed=False, wants_bias=False, wants_stats=False,
         )  # fmt: skip
-        label_C, _ = lce_anchored._anchors(head, hidden, labels)
+        label_C, _ = anchored._anchors(head, hidden, labels)
         plain = torch.empty(len(hidden), len(weight), dtype=self.dtype, device=self.device)
         try:
-            wrong = _sum_error(lce_anchored._powers(head, hidden, labels, label_C)[1][0], hidden, weight, labels)
+            wrong = _sum_error(anchored._powers(head, hidden, labels, label_C)[1][0], hidden, weight, labels)
         except Exception as problem:  # whatever the compiler or the launch says of a candidate
             return [None, None, "eta", first_line(problem)]
         ms = self.times(
             {
-                "ours": lambda: lce_anchored._powers(head, hidden, labels, label_C),
+                "ours": lambda: anchored._powers(head, hidden, labels, label_C),
                 "cublas": lambda: torch.mm(hidden, weight.t(), out=plain),
             }
         )
@@ -173,10 +174,10 @@ class Probe:
                     yield [f"5 {what}", f"{name} p={p:g}", *self._one_pass(*passes[what])]
 
     def _one_pass(self, call: Callable[[ModuleType], Any], moved: int) -> Row:
-        from tunesmith.kernels import lora_triton
+        from tunesmith.kernels.lora import triton_backend
 
-        wrong = error(call(lora_triton), call(lora_torch).double())
-        ms = self.times({"pass": lambda: call(lora_triton)})["pass"]
+        wrong = error(call(triton_backend), call(torch_backend).double())
+        ms = self.times({"pass": lambda: call(triton_backend)})["pass"]
         return [ms, _rate(moved, ms), "GB/s", f"error {wrong:.1e}"]
 
     def _labels(self, rows: int, V: int) -> torch.Tensor:
@@ -186,10 +187,10 @@ class Probe:
 def _launch_rows(
     slab: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor, out: torch.Tensor, sizes: Block
 ) -> None:
-    from tunesmith.kernels import lce_chunked
+    from tunesmith.kernels.lce import chunked
 
     rows, V = slab.shape
-    lce_chunked.lce_rows_kernel[(rows,)](
+    chunked.lce_rows_kernel[(rows,)](
         slab, slab.stride(0), None, labels, factor, out, rows, V, 1.0, 1.0, V, HAS_BIAS=False,
         HAS_CAP=False, SMOOTHING=0.0, Z_LOSS=0.0, STATS=False, GRAD=True, WHOLE=True, **sizes.launch,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from tunesmith.kernels.blocks import Build
 
-MODULES = ("lce_chunked", "lce_anchored", "lora_blocks")
+MODULES = ("lce.chunked", "lce.anchored", "lora.block_tables")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of one thread block, CUDA C++ programming guide, table 28
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS")

@@ -1,4 +1,4 @@
-"""Which elements dropout keeps: Philox4x32 with 7 rounds, the same in plain torch here and in Triton (lora_kernels.py).
+"""Which elements dropout keeps: Philox4x32 with 7 rounds, here in plain torch, the same in lora/triton_kernels.py.
 
 Element (row, column) of a layer's input is decided by one 16-bit draw and is kept if draw >= round(p * 65536):
 

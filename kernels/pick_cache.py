@@ -49,7 +49,7 @@ def driver_version() -> str:
 def _source_digest() -> str:
     """Of all kernels' code: a pick does not outlive a change of it."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from tunesmith.kernels import blocks, lce_backends
+from tunesmith.kernels import blocks
 from tunesmith.kernels.blocks import Block, Key
+from tunesmith.kernels.lce import backends
 from tunesmith.kernels.pick_cache import cache_file, machine, read, write
 
 MARGIN = 0.01  # of the time: below it the default stays, so that noise decides nothing
@@ -98,14 +99,14 @@ def use_picks(text: str, device: torch.device) -> bool:
     for choice in map(_from_json, given["picks"].values()):
         blocks.picked.update(choice.blocks)
         if choice.head is not None:
-            lce_backends.picked[choice.head] = choice.backend
+            backends.picked[choice.head] = choice.backend
     return True
 
 
 def forget_picks() -> None:
     """Back to the static tables."""
     blocks.picked.clear()
-    lce_backends.picked.clear()
+    backends.picked.clear()
 
 
 def _pick_one(workload: Workload, device: torch.device) -> Pick:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy
-from tunesmith.kernels.lora_linear import lora_linear_group
+from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
+from tunesmith.kernels.lora.lora_linear import lora_linear_group
 from tunesmith.kernels.timed_pick import Run, Workload
 
 SEED = 20_240

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LOSS = "test_linear_cross_entropy.py"
-SAME = "test_lce_invariances.py"
+LOSS = "lce/test_linear_cross_entropy.py"
+SAME = "lce/test_invariances.py"
 USE = "test_kernels_in_use.py"
-LORA = "test_lora_linear.py"
+LORA = "lora/test_lora_linear.py"
 PHILOX = "test_philox.py"
 
 
@@ -37,7 +37,7 @@ class Mutant:
 LOSS_MUTANTS = [
     Mutant(
         "smoothing left out of the label",
-        "lce_row_math.py",
+        "lce/row_math.py",
         "* lse * p + SMOOTHING",
         "* lse * p",
         LOSS,
@@ -45,7 +45,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "z-loss gradient halved",
-        "lce_row_math.py",
+        "lce/row_math.py",
         "factor = 1 + 2 * Z_LOSS * lse",
         "factor = 1 + Z_LOSS * lse",
         LOSS,
@@ -53,7 +53,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "p and q exchanged",
-        "lce_row_math.py",
+        "lce/row_math.py",
         "small / (1 + small), 1 / (1 + small)",
         "1 / (1 + small), small / (1 + small)",
         LOSS,
@@ -61,16 +61,16 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "log1p as log(1 + x)",
-        "lce_row_math.py",
+        "lce/row_math.py",
         "tl.where(u == 1, x, tl.log(u)",
         "tl.where(u == 0, x, tl.log(u)",
         LOSS,
         "by_itself and anchored",
     ),
-    Mutant("a coefficient of tanh", "lce_row_math.py", "(2 / 15 +", "(1 / 15 +", LOSS, "cap_on_small and anchored"),
+    Mutant("a coefficient of tanh", "lce/row_math.py", "(2 / 15 +", "(1 / 15 +", LOSS, "cap_on_small and anchored"),
     Mutant(
         "columns past the end are counted",
-        "lce_chunked.py",
+        "lce/chunked.py",
         "other = inside & (cols != own)",
         "other = cols != own",
         LOSS,
@@ -78,7 +78,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "the label is not left out of the sum",
-        "lce_chunked.py",
+        "lce/chunked.py",
         "other = inside & (cols != own)",
         "other = inside",
         LOSS,
@@ -86,7 +86,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "scale left out of the gradient",
-        "lce_chunked.py",
+        "lce/chunked.py",
         "smoothing_factor) * slope * scale",
         "smoothing_factor) * slope",
         LOSS,
@@ -94,7 +94,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "the running sum is not rescaled",
-        "lce_chunked.py",
+        "lce/chunked.py",
         "exps = exps * shrink + e",
         "exps = exps + e",
         LOSS,
@@ -102,7 +102,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "float32 cast removed",
-        "lce_chunked.py",
+        "lce/chunked.py",
         "other=0.0).to(tl.float32)\n    if HAS_BIAS",
         "other=0.0)\n    if HAS_BIAS",
         LOSS,
@@ -110,7 +110,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "a strip of the vocabulary short",
-        "lce_anchored_kernels.py",
+        "lce/anchored_kernels.py",
         "tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), tl.cdiv(V, BLOCK_V)\n    for",
         "tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), V // BLOCK_V\n    for",
         LOSS,
@@ -118,7 +118,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "the last columns of hidden left out",
-        "lce_anchored_kernels.py",
+        "lce/anchored_kernels.py",
         "for at_D in range(0, D, BLOCK_D)",
         "for at_D in range(0, D - BLOCK_D, BLOCK_D)",
         LOSS,
@@ -126,7 +126,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "the gradient is written past the row",
-        "lce_chunked.py",
+        "lce/chunked.py",
         "grad.to(row.dtype.element_ty), mask=cols < V)",
         "grad.to(row.dtype.element_ty))",
         LOSS,
@@ -134,7 +134,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "the label counted twice",
-        "lce_anchored_kernels.py",
+        "lce/anchored_kernels.py",
         "keep = (cols[None, :] < V) & (cols[None, :] != own[:, None])",
         "keep = cols[None, :] < V",
         LOSS,
@@ -142,7 +142,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "hopeless rows not rescued",
-        "lce_anchored_kernels.py",
+        "lce/anchored_kernels.py",
         "RESCUE = tl.constexpr(2.0**60)",
         "RESCUE = tl.constexpr(2.0**120)",
         LOSS,
@@ -150,7 +150,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "slope of the cap at the label",
-        "lce_anchored_kernels.py",
+        "lce/anchored_kernels.py",
         "        label_factor *= 1 - tanh * tanh\n",
         "",
         LOSS,
@@ -158,7 +158,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "the label is not put into the head's gradient",
-        "lce_anchored.py",
+        "lce/anchored.py",
         "        _add_labels(head, factors, hidden_CD, own_C, label_C)\n",
         "",
         LOSS,
@@ -166,7 +166,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "only the last chunk's head gradient",
-        "lce_chunks.py",
+        "lce/over_chunks.py",
         "        head.is_first = False\n",
         "",
         LOSS,
@@ -174,7 +174,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "upstream gradient ignored",
-        "linear_cross_entropy.py",
+        "lce/linear_cross_entropy.py",
         "torch.mul(gradient, factor.to(",
         "torch.mul(gradient, torch.ones_like(factor).to(",
         LOSS,
@@ -182,7 +182,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "masked rows kept",
-        "linear_cross_entropy.py",
+        "lce/linear_cross_entropy.py",
         "kept = labels_T != ignore_index",
         "kept = torch.ones_like(labels_T, dtype=torch.bool)",
         LOSS,
@@ -190,7 +190,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "weights ignored",
-        "linear_cross_entropy.py",
+        "lce/linear_cross_entropy.py",
         "loss_N = found.loss * weights_N",
         "loss_N = found.loss",
         LOSS,
@@ -198,7 +198,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "the first rank's label only",
-        "lce_rows.py",
+        "lce/rows.py",
         "label=label.sum(-1)",
         "label=label[..., 0]",
         SAME,
@@ -206,7 +206,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "an all-reduce left out",
-        "lce_rows.py",
+        "lce/rows.py",
         "torch.distributed.all_reduce(values, group=self.group)",
         "pass",
         SAME,
@@ -214,7 +214,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "the largest of the others not taken out",
-        "lce_torch.py",
+        "lce/torch_backend.py",
         "logits_CV.sub_(largest_C[:, None])",
         "logits_CV.sub_(0)",
         LOSS,
@@ -222,7 +222,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "gradients under no_grad",
-        "linear_cross_entropy.py",
+        "lce/linear_cross_entropy.py",
         "(call.wants_gradient and it for",
         "(it for",
         USE,
@@ -230,7 +230,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "coefficients of float16 as they are",
-        "lce_chunks.py",
+        "lce/over_chunks.py",
         "if dtype != torch.float16 or",
         "if dtype != torch.bool or",
         USE,
@@ -238,7 +238,7 @@ LOSS_MUTANTS = [
     ),
     Mutant(
         "entropy of a token that cannot be",
-        "lce_chunked.py",
+        "lce/chunked.py",
         "e * tl.where(e > 0, z - higher, 0.0)",
         "e * (z - higher)",
         USE,
@@ -250,7 +250,7 @@ LOSS_MUTANTS = [
 LORA_MUTANTS = [
     Mutant(
         "dropout left out of the forward",
-        "lora_kernels.py",
+        "lora/triton_kernels.py",
         "            x = tl.where(kept, x, 0.0)\n        u =",
         "            x = tl.where(kept, x, x)\n        u =",
         LORA,
@@ -258,7 +258,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "the mask left out of dx",
-        "lora_kernels.py",
+        "lora/triton_kernels.py",
         "dx = tl.where(kept, dx, 0.0)",
         "dx = tl.where(kept, dx, dx)",
         LORA,
@@ -266,7 +266,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "the mask left out of dA",
-        "lora_kernels.py",
+        "lora/triton_kernels.py",
         "x = tl.where(kept, x, 0.0)\n            da",
         "x = tl.where(kept, x, x)\n            da",
         LORA,
@@ -274,7 +274,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "dropout's factor left out",
-        "lora_linear.py",
+        "lora/lora_linear.py",
         "scale = drop.keep_scale if drop else 1.0",
         "scale = 1.0",
         LORA,
@@ -282,7 +282,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "scaling left out of dB",
-        "lora_triton.py",
+        "lora/triton_backend.py",
         "_ordered_sum(db_parts, db_OR[:, first : first + bucket], scale)",
         "_ordered_sum(db_parts, db_OR[:, first : first + bucket], 1.0)",
         LORA,
@@ -290,7 +290,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "scaling left out of du",
-        "lora_triton.py",
+        "lora/triton_backend.py",
         "_ordered_sum(du_parts, du_NR[:, first : first + bucket], scale)",
         "_ordered_sum(du_parts, du_NR[:, first : first + bucket], 1.0)",
         LORA,
@@ -298,7 +298,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "only the first chunk of rows in dA and dB",
-        "lora_kernels.py",
+        "lora/triton_kernels.py",
         "for _ in range(num_parts)",
         "for _ in range(1)",
         LORA,
@@ -306,7 +306,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "a block of rows short",
-        "lora_triton.py",
+        "lora/triton_backend.py",
         "    return _ceil(_ceil(rows, block), chunks) * block",
         "    return max(1, _ceil(rows, block) // chunks) * block - (rows > 2 * block)",
         LORA,
@@ -314,7 +314,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "rows are counted from 0",
-        "lora_kernels.py",
+        "lora/triton_kernels.py",
         "(rows.to(tl.int64) + first_row)",
         "(rows.to(tl.int64) + 0 * first_row)",
         LORA,
@@ -322,15 +322,19 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "rows beyond 2^32 repeat",
-        "lora_kernels.py",
+        "lora/triton_kernels.py",
         "(row >> 32).to(tl.uint32)",
         "(row >> 40).to(tl.uint32)",
         PHILOX,
         "triton_draws",
     ),
-    Mutant("10 rounds in Triton", "lora_kernels.py", "tl.constexpr(7)", "tl.constexpr(10)", PHILOX, "triton_draws"),
+    Mutant(
+        "10 rounds in Triton", "lora/triton_kernels.py", "tl.constexpr(7)", "tl.constexpr(10)", PHILOX, "triton_draws"
+    ),
     Mutant("10 rounds in torch", "philox.py", "ROUNDS = 7", "ROUNDS = 10", PHILOX, "mask_is_philox"),
-    Mutant("half of the seed", "lora_triton.py", "_int32(dropout.seed >> 32)", "_int32(0)", PHILOX, "triton_draws"),
+    Mutant(
+        "half of the seed", "lora/triton_backend.py", "_int32(dropout.seed >> 32)", "_int32(0)", PHILOX, "triton_draws"
+    ),
     Mutant(
         "the layer left out of the counter",
         "philox.py",
@@ -340,11 +344,16 @@ LORA_MUTANTS = [
         "each_part",
     ),
     Mutant(
-        "the bias twice", "lora_kernels.py", "y += tl.load(", "y += 2 * tl.load(", LORA, "gradient and odd and triton"
+        "the bias twice",
+        "lora/triton_kernels.py",
+        "y += tl.load(",
+        "y += 2 * tl.load(",
+        LORA,
+        "gradient and odd and triton",
     ),
     Mutant(
         "a member with another's B",
-        "lora_autograd.py",
+        "lora/autograd.py",
         "lora_bs[i], scale, biases[i]",
         "lora_bs[min(i, 1)], scale, biases[i]",
         LORA,
@@ -352,7 +361,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "a member with another's u",
-        "lora_autograd.py",
+        "lora/autograd.py",
         "back_end.up(u_NR[:, starts[i] :]",
         "back_end.up(u_NR[:, starts[0] :]",
         LORA,
@@ -360,7 +369,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "an unused member has a gradient",
-        "lora_autograd.py",
+        "lora/autograd.py",
         "du_NR[:, start:end] = 0",
         "du_NR[:, start:end] = 1",
         LORA,
@@ -368,7 +377,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "dx is written past the row",
-        "lora_kernels.py",
+        "lora/triton_kernels.py",
         "dx.to(dx_NK.dtype.element_ty), mask=inside)",
         "dx.to(dx_NK.dtype.element_ty), mask=rows[:, None] < N)",
         LORA,
@@ -376,7 +385,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "padded ranks are written",
-        "lora_kernels.py",
+        "lora/triton_kernels.py",
         "inside = (row < rows) & (column < columns)",
         "inside = row < rows",
         LORA,
@@ -384,7 +393,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "later slices of ranks replace the first",
-        "lora_triton.py",
+        "lora/triton_backend.py",
         "ADD=first > 0",
         "ADD=False",
         LORA,
@@ -392,7 +401,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "u rounded",
-        "lora_kernels.py",
+        "lora/triton_kernels.py",
         "u.to(u_NR.dtype.element_ty)",
         "u.to(tl.float16).to(u_NR.dtype.element_ty)",
         LORA,
@@ -400,7 +409,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "float32 cast of dy removed",
-        "lora_kernels.py",
+        "lora/triton_kernels.py",
         "            dy = dy.to(tl.float32)\n",
         "            dy = dy.to(dy.dtype)\n",
         LORA,
@@ -408,7 +417,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "DoRA's norm without the cross term",
-        "lora_linear.py",
+        "lora/lora_linear.py",
         "2 * scaling * mm_fp32(weight_OK, lora_a.t()) + scaling**2",
         "scaling**2",
         LORA,
@@ -416,7 +425,7 @@ LORA_MUTANTS = [
     ),
     Mutant(
         "DoRA forgets what was dropped",
-        "lora_linear.py",
+        "lora/lora_linear.py",
         "rest = x - dropped",
         "rest = x",
         LORA,

@@ -24,13 +24,13 @@ def test_no_configuration_spills_or_outgrows_its_gpu(module, arch, record_proper
 
 
 def test_the_hopper_product_is_fed_by_the_copy_engine_into_wgmma():
-    products = [build for build in builds("lce_anchored", 90) if "gemm" in build.kernel.fn.__name__]
+    products = [build for build in builds("lce.anchored", 90) if "gemm" in build.kernel.fn.__name__]
     assert products
     assert all({"HGMMA", "UTMALDG"} <= set(build.expects) for build in products)
 
 
 def test_a_spill_and_a_missing_instruction_are_seen():
-    build = next(build for build in builds("lce_chunked", 80) if build.label == "plain")
+    build = next(build for build in builds("lce.chunked", 80) if build.label == "plain")
     swollen = replace(build, block=block(4, 2, BLOCK_V=16384), expects=("HGMMA",))
     found = report(swollen)
     assert found.spills > 0
@@ -39,13 +39,13 @@ def test_a_spill_and_a_missing_instruction_are_seen():
 
 
 def test_too_much_shared_memory_is_seen():
-    build = next(build for build in builds("lce_anchored", 80) if build.label == "train")
+    build = next(build for build in builds("lce.anchored", 80) if build.label == "train")
     found = report(replace(build, block=block(8, 8, BLOCK_C=128, BLOCK_V=256, BLOCK_D=32)))
     assert found.faults == (f"{found.shared} bytes of shared memory, 166912 at most",)
 
 
 @pytest.mark.parametrize("size", ["C", "V", "D"])
-@pytest.mark.parametrize("module", ["lce_anchored", "lce_chunked"])
+@pytest.mark.parametrize("module", ["lce.anchored", "lce.chunked"])
 def test_a_size_of_one_compiles(module, size):
     """Triton makes a constant of an argument that is 1, and a constant lacks what a number has."""
     rich = {build.kernel.fn.__name__: build for build in builds(module, 90) if "all options" in build.label}

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from tunesmith.kernels.device import add_mm_fp32
-from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy
-from tunesmith.kernels.lora_linear import dora_linear, lora_linear, lora_linear_group
+from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
+from tunesmith.kernels.lora.lora_linear import dora_linear, lora_linear, lora_linear_group
 from tunesmith.kernels.timed_pick import pick
 from tunesmith.kernels.timed_workloads import lora_workload, loss_workload
 
@@ -257,7 +257,7 @@ def test_bias_a_transposed_weight_and_dora_on_a_gpu(transposed, dora):
 
 def test_every_candidate_of_the_tables_is_right_on_this_gpu(tmp_path):
     """What the timed pick of a run does, on a real head, a real group of layers, and each number of ranks."""
-    from tunesmith.kernels.lora_blocks import BUCKETS  # here: it imports triton
+    from tunesmith.kernels.lora.block_tables import BUCKETS  # here: it imports triton
 
     gpu = torch.device("cuda")
     workloads = [

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy
-from tunesmith.kernels.lora_linear import dora_linear, lora_linear, lora_linear_group
+from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
+from tunesmith.kernels.lora.lora_linear import dora_linear, lora_linear, lora_linear_group
 
 LIMIT = 2e-6
 LOSS_BACKENDS = ("torch", "chunked", "anchored")

@@ -44,10 +44,10 @@ def expected_mask(drop: Dropout, rows: int, columns: int) -> np.ndarray:
 
 def triton_mask(threshold: int, seed: int, layer: int, first_row: int, rows: int, columns: int) -> list[list[bool]]:
     """In the interpreter's process: what the kernel keeps of a matrix of ones."""
-    from tunesmith.kernels import lora_triton
+    from tunesmith.kernels.lora import triton_backend
 
     drop = Dropout(threshold, seed, layer, first_row)
-    return (lora_triton.drop(torch.ones(rows, columns), drop) > 0).tolist()
+    return (triton_backend.drop(torch.ones(rows, columns), drop) > 0).tolist()
 
 
 @pytest.mark.parametrize(

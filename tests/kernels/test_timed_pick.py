@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.kernels import blocks, lce_backends, timed_pick
+from tunesmith.kernels import blocks, timed_pick
 from tunesmith.kernels.blocks import block
+from tunesmith.kernels.lce import backends
 from tunesmith.kernels.pick_cache import cache_file
 from tunesmith.kernels.timed_pick import Pick, Workload, forget_picks, pick, picks_as_json, use_picks
 
@@ -86,9 +87,9 @@ def test_where_no_candidate_is_right_the_loss_falls_to_torch_and_lora_says_so(tm
     found = pick([toy([230_000], head=(7, 5))], CPU, tmp_path / "picks.json")
     assert found["toy"].backend == "torch"
     use_picks(picks_as_json(found, CPU), CPU)
-    assert lce_backends.preferred(CPU, torch.empty(7, 5)) == "torch"
-    assert lce_backends.preferred(CPU, torch.empty(7, 5), group="of ranks with slices of other sizes") == "chunked"
-    assert lce_backends.preferred(CPU, torch.empty(7, 6)) == "chunked"
+    assert backends.preferred(CPU, torch.empty(7, 5)) == "torch"
+    assert backends.preferred(CPU, torch.empty(7, 5), group="of ranks with slices of other sizes") == "chunked"
+    assert backends.preferred(CPU, torch.empty(7, 6)) == "chunked"
     with pytest.raises(RuntimeError, match=r"no kernel computes what torch does on this GPU: toy: .*4.2e-02 off"):
         pick([toy([230_000])], CPU, tmp_path / "others.json")
 
@@ -155,14 +156,14 @@ def test_picks_are_kept_in_the_users_cache(monkeypatch):
 
 def picked_loss(cache: str) -> dict[str, Any]:
     """Both back ends of the loss with a second candidate each, in the interpreter's process."""
-    from tunesmith.kernels import lce_anchored, lce_chunked
-    from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy
+    from tunesmith.kernels.lce import anchored, chunked
+    from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
     from tunesmith.kernels.timed_workloads import loss_workload
 
-    rows, gemm = list(lce_chunked.ROW_BLOCKS[0]), list(lce_anchored.GEMM_BLOCKS[0])
-    lce_chunked.ROW_BLOCKS[0].append(block(4, 1, BLOCK_V=512))
-    lce_anchored.GEMM_BLOCKS[0].append(block(4, 1, BLOCK_C=16, BLOCK_V=512, BLOCK_D=32))
-    lce_anchored.GEMM_BLOCKS[0].append(block(4, 1, BLOCK_C=16, BLOCK_V=48, BLOCK_D=32))  # Triton: not a power of two
+    rows, gemm = list(chunked.ROW_BLOCKS[0]), list(anchored.GEMM_BLOCKS[0])
+    chunked.ROW_BLOCKS[0].append(block(4, 1, BLOCK_V=512))
+    anchored.GEMM_BLOCKS[0].append(block(4, 1, BLOCK_C=16, BLOCK_V=512, BLOCK_D=32))
+    anchored.GEMM_BLOCKS[0].append(block(4, 1, BLOCK_C=16, BLOCK_V=48, BLOCK_D=32))  # Triton: not a power of two
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -183,7 +184,7 @@ def picked_loss(cache: str) -> dict[str, Any]:
         }
     finally:
         blocks.asked = None
-        lce_chunked.ROW_BLOCKS[0][:], lce_anchored.GEMM_BLOCKS[0][:] = rows, gemm
+        chunked.ROW_BLOCKS[0][:], anchored.GEMM_BLOCKS[0][:] = rows, gemm
         forget_picks()
 
 
@@ -200,10 +201,10 @@ def test_the_losss_blocks_and_back_end_are_picked_under_the_interpreter(tmp_path
 
 def picked_lora(cache: str) -> list[str]:
     """The four passes of a group, each with a second candidate."""
-    from tunesmith.kernels import lora_blocks
+    from tunesmith.kernels.lora import block_tables
     from tunesmith.kernels.timed_workloads import lora_workload
 
-    table = lora_blocks._INTERPRETED
+    table = block_tables._INTERPRETED
     before = {name: list(candidates) for name, candidates in table.items()}
     for name, candidates in table.items():
         side = "BLOCK_O" if name in ("up", "grad_up") else "BLOCK_K"

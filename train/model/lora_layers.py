@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.kernels.lora_linear import dora_linear, lora_linear, lora_linear_group
+from tunesmith.kernels.lora.lora_linear import dora_linear, lora_linear, lora_linear_group
 from tunesmith.train.config.config import Kernels
 from tunesmith.train.zero.sharding import read_by
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.kernels.linear_cross_entropy import TokenStats, linear_cross_entropy
+from tunesmith.kernels.lce.linear_cross_entropy import TokenStats, linear_cross_entropy
 from tunesmith.train.data.store import Batch
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.ranks.distributed import all_ranks

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.kernels import lce_backends
+from tunesmith.kernels.lce import backends
 from tunesmith.kernels.timed_pick import forget_picks
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.errors import TrainingError
@@ -64,7 +64,7 @@ def picked_on_ranks(rank: Any, folder: str, cache: str, lora: bool) -> dict[str,
         use_timed_picks(model, config, rank.world, rank.device, lambda text: None)
     except TrainingError as error:
         return {"error": str(error)}
-    found = {str(head): backend for head, backend in lce_backends.picked.items()}
+    found = {str(head): backend for head, backend in backends.picked.items()}
     forget_picks()
     return found
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from tunesmith.kernels.lce_backends import plan_for
-from tunesmith.kernels.lce_head import Head
-from tunesmith.kernels.lce_rows import Rows
+from tunesmith.kernels.lce.backends import plan_for
+from tunesmith.kernels.lce.head import Head
+from tunesmith.kernels.lce.rows import Rows
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy
+from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
 
 LIMIT = 2e-6
 BACKENDS = ("torch", "chunked", "anchored")
@@ -146,7 +146,7 @@ def test_nan(claim, backend, interpreter):
 RANK = """
 import json, os, sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from test_lce_invariances import slices
+from test_invariances import slices
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[3]), world_size=int(sys.argv[4]))
 json.dump(slices(*sys.argv[5:]), open(sys.argv[2] + ".answer." + sys.argv[3], "w"))
 dist.destroy_process_group()
@@ -237,7 +237,7 @@ def test_nothing_of_tokens_times_vocabulary_is_saved_for_the_backward():
 MEMORY = """
 import re, sys, time, torch
 import torch.nn.functional as F
-from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy
+from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
 def kib(name): return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 torch.manual_seed(0)
 T, D, V = 8192, 64, 128256

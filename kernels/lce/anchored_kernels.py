@@ -1,4 +1,4 @@
-"""Triton kernels of the target-anchored loss (lce_anchored.py says what they are for).
+"""Triton kernels of the target-anchored loss (anchored.py says what they are for).
 
 C rows of a chunk, D hidden, V vocabulary of this rank's slice. The distance of a logit is d = z - a, from the label's
 logit. What is stored is E = exp(d - offset), with the offset OFFSET for every row but the few that lce_rescue_kernel
@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from tunesmith.kernels.lce_row_math import LOG2E, capped, entropy_of, log1p, row_terms
+from tunesmith.kernels.lce.row_math import LOG2E, capped, entropy_of, log1p, row_terms
 
 # E is a factor away from exp(z - a), which costs bfloat16 no precision: it has the exponents of float32. With 28 nats,
 # logits down to 59 nats below the label's have normal numbers, and labels of up to 69 nats need no second look.

@@ -6,7 +6,7 @@ The base product stays with cuBLAS and is added onto the adapter's part, which i
 is rounded twice. Kept for the backward pass: x, u = drop(x) A^T and the seed of the mask; no mask and no dropped x.
 Layers that share x read it once for all their down-projections, forward and backward.
 
-Back ends: Triton kernels (lora_kernels.py) on a GPU, plain torch (lora_torch.py) elsewhere; the masks are identical.
+Back ends: Triton kernels (triton_kernels.py) on a GPU, plain torch (torch_backend.py) elsewhere, with identical masks.
 DoRA (arXiv:2402.09353) is `dora_linear`; rsLoRA (arXiv:2312.03732) is only another scaling.
 N rows of any leading dims, K in features, O out features, r ranks.
 """
@@ -18,10 +18,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from tunesmith.kernels import lora_torch
 from tunesmith.kernels.device import mm_fp32, why_not_triton, without_autocast
-from tunesmith.kernels.lora_autograd import Drop, LoraLinear, Plan
-from tunesmith.kernels.lora_checks import check, check_like
+from tunesmith.kernels.lora import torch_backend
+from tunesmith.kernels.lora.autograd import Drop, LoraLinear, Plan
+from tunesmith.kernels.lora.checks import check, check_like
 from tunesmith.kernels.philox import Dropout, dropout
 
 Backend = Literal["auto", "triton", "torch"]
@@ -174,7 +174,7 @@ def _back_end(backend: Backend, x: torch.Tensor) -> ModuleType:
     if backend == "triton" and why_not:
         raise ValueError(f"backend=triton cannot run here: {why_not}.")
     if backend == "torch" or why_not or not x.numel():
-        return lora_torch
-    from tunesmith.kernels import lora_triton  # here: importing triton is for machines that run it
+        return torch_backend
+    from tunesmith.kernels.lora import triton_backend  # here: importing triton is for machines that run it
 
-    return lora_triton
+    return triton_backend

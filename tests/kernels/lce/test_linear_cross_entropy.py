@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy
+from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
 
 LIMIT = 2e-6  # relative norm, float32
 BACKENDS = ("torch", "chunked", "anchored")

@@ -1,12 +1,12 @@
-"""Launches of the LoRA kernels: the same passes as lora_torch.py, with the same arguments."""
+"""Launches of the LoRA kernels: the same passes as torch_backend.py, with the same arguments."""
 
 import torch
 
-from tunesmith.kernels import lora_blocks, lora_kernels
 from tunesmith.kernels.device import INTERPRETED, num_multiprocessors
+from tunesmith.kernels.lora import block_tables, triton_kernels
 from tunesmith.kernels.philox import Dropout
 
-RANK_STEP = lora_blocks.RANK_STEP
+RANK_STEP = block_tables.RANK_STEP
 PROGRAMS_PER_MULTIPROCESSOR = 2  # of the passes that leave partial sums: what fits at once, so that few are left
 
 
@@ -14,10 +14,10 @@ def down(x_NK: torch.Tensor, a_RK: torch.Tensor, dropout: Dropout | None) -> tor
     """u[N, R] = drop(x) A^T, without dropout's factor."""
     (rows, columns), ranks = x_NK.shape, len(a_RK)
     u_NR = x_NK.new_empty(rows, ranks)
-    bucket = lora_blocks.bucket(ranks, x_NK.dtype, x_NK.device)
-    sizes = lora_blocks.choose("down", bucket, x_NK.dtype, x_NK.device, (rows, columns, ranks))
+    bucket = block_tables.bucket(ranks, x_NK.dtype, x_NK.device)
+    sizes = block_tables.choose("down", bucket, x_NK.dtype, x_NK.device, (rows, columns, ranks))
     grid = (_ceil(ranks, bucket), _ceil(rows, sizes["BLOCK_N"]))
-    lora_kernels.down[grid](
+    triton_kernels.down[grid](
         x_NK, a_RK, u_NR, rows, columns, ranks, *_draws(dropout), DROP=dropout is not None, WIDEN=INTERPRETED, **sizes
     )
     return u_NR
@@ -27,11 +27,11 @@ def up(u_NR: torch.Tensor, b_OR: torch.Tensor, scale: float, bias_O: torch.Tenso
     """y[N, O] = scale * u B^T + bias; u holds this adapter's ranks first."""
     rows, (outs, rank) = len(u_NR), b_OR.shape
     y_NO = u_NR.new_empty(rows, outs)
-    bucket = lora_blocks.bucket(rank, u_NR.dtype, u_NR.device)
-    sizes = lora_blocks.choose("up", bucket, u_NR.dtype, u_NR.device, (rows, outs, rank))
+    bucket = block_tables.bucket(rank, u_NR.dtype, u_NR.device)
+    sizes = block_tables.choose("up", bucket, u_NR.dtype, u_NR.device, (rows, outs, rank))
     grid = (_ceil(outs, sizes["BLOCK_O"]), _ceil(rows, sizes["BLOCK_N"]))
     flags = {"BIAS": bias_O is not None, "WIDEN": INTERPRETED}
-    lora_kernels.up[grid](
+    triton_kernels.up[grid](
         u_NR, b_OR, b_OR if bias_O is None else bias_O, y_NO, rows, outs, u_NR.stride(0), rank, scale, **flags, **sizes
     )
     return y_NO
@@ -48,8 +48,8 @@ def grad_up(
 ) -> torch.Tensor | None:
     """Writes scale * dy B into du and returns dB[O, r] = scale * dy^T u. u and du begin with this adapter's ranks."""
     (rows, outs), rank, device = dy_NO.shape, b_OR.shape[1], dy_NO.device
-    bucket = lora_blocks.bucket(rank, dy_NO.dtype, device)
-    sizes = lora_blocks.choose("grad_up", bucket, dy_NO.dtype, device, (rows, outs, rank))
+    bucket = block_tables.bucket(rank, dy_NO.dtype, device)
+    sizes = block_tables.choose("grad_up", bucket, dy_NO.dtype, device, (rows, outs, rank))
     blocks = _ceil(outs, sizes["BLOCK_O"])
     chunk = _chunk(rows, blocks, sizes["BLOCK_N"], device)
     parts = _ceil(rows, chunk)
@@ -59,7 +59,7 @@ def grad_up(
     flags = {"DU": du_NR is not None, "DB": wants_b, "WIDEN": INTERPRETED}
     u_NR = b_OR if u_NR is None else u_NR  # a pointer that is not read
     for first in range(0, rank, bucket):
-        lora_kernels.grad_up[blocks, parts](
+        triton_kernels.grad_up[blocks, parts](
             dy_NO, u_NR, b_OR, du_parts, db_parts, rows, outs, u_NR.stride(0), rank, first, chunk, **flags, **sizes
         )
         if du_NR is not None:
@@ -79,8 +79,8 @@ def grad_down(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dA[R, K] = du^T drop(x), where x is given, and dx[N, K] = drop(du A), where it is wanted."""
     (rows, ranks), columns, device = du_NR.shape, a_RK.shape[1], du_NR.device
-    bucket = lora_blocks.bucket(ranks, du_NR.dtype, device)
-    sizes = lora_blocks.choose("grad_down", bucket, du_NR.dtype, device, (rows, columns, ranks))
+    bucket = block_tables.bucket(ranks, du_NR.dtype, device)
+    sizes = block_tables.choose("grad_down", bucket, du_NR.dtype, device, (rows, columns, ranks))
     blocks = _ceil(columns, sizes["BLOCK_K"])
     chunk = _chunk(rows, blocks, sizes["BLOCK_N"], device)
     parts = _ceil(rows, chunk)
@@ -91,7 +91,7 @@ def grad_down(
     tensors = (du_NR if x_NK is None else x_NK, du_NR, a_RK, du_NR if dx_NK is None else dx_NK, da_parts)
     for first in range(0, ranks, bucket):
         numbers = (rows, columns, ranks, first, chunk, *_draws(dropout))
-        lora_kernels.grad_down[blocks, parts](*tensors, *numbers, ADD=first > 0, **flags, **sizes)
+        triton_kernels.grad_down[blocks, parts](*tensors, *numbers, ADD=first > 0, **flags, **sizes)
         if da_RK is not None:
             _ordered_sum(da_parts, da_RK[first : first + bucket], 1.0)
     return da_RK, dx_NK
@@ -101,9 +101,9 @@ def drop(x_NK: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     """Dropout by itself: x / (1 - p) where the mask keeps an element, else 0."""
     rows, columns = x_NK.shape
     out_NK = torch.empty_like(x_NK)
-    sizes = lora_blocks.DROP_BLOCK
+    sizes = block_tables.DROP_BLOCK
     grid = (_ceil(columns, sizes["BLOCK_K"]), _ceil(rows, sizes["BLOCK_N"]))
-    lora_kernels.drop[grid](x_NK, out_NK, rows, columns, dropout.keep_scale, *_draws(dropout), **sizes.launch)
+    triton_kernels.drop[grid](x_NK, out_NK, rows, columns, dropout.keep_scale, *_draws(dropout), **sizes.launch)
     return out_NK
 
 
@@ -111,9 +111,18 @@ def _ordered_sum(parts: torch.Tensor, out: torch.Tensor, scale: float) -> None:
     """out = scale * the sum of parts, one after another, for as many rows and columns as out has."""
     num_parts, _, width = parts.shape
     rows, columns = out.shape
-    grid = (_ceil(rows * width, lora_blocks.SUM_BLOCK),)
-    lora_kernels.ordered_sum[grid](
-        parts, out, num_parts, parts[0].numel(), width, rows, columns, out.stride(0), scale, BLOCK=lora_blocks.SUM_BLOCK
+    grid = (_ceil(rows * width, block_tables.SUM_BLOCK),)
+    triton_kernels.ordered_sum[grid](
+        parts,
+        out,
+        num_parts,
+        parts[0].numel(),
+        width,
+        rows,
+        columns,
+        out.stride(0),
+        scale,
+        BLOCK=block_tables.SUM_BLOCK,
     )
 
 

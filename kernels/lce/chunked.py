@@ -11,9 +11,9 @@ import triton.language as tl
 
 from tunesmith.kernels.blocks import Block, Build, block, choose
 from tunesmith.kernels.device import add_mm_fp32, mm_fp32
-from tunesmith.kernels.lce_head import Head
-from tunesmith.kernels.lce_row_math import LOG2E, capped, entropy_of, from_margin, row_terms
-from tunesmith.kernels.lce_rows import LogitSums, Rows, whole_rows
+from tunesmith.kernels.lce.head import Head
+from tunesmith.kernels.lce.row_math import LOG2E, capped, entropy_of, from_margin, row_terms
+from tunesmith.kernels.lce.rows import LogitSums, Rows, whole_rows
 
 # A lane keeps its own maximum and sum: one reduction a row. Larger blocks with a scalar maximum spill (318 stores).
 ROW_BLOCKS = {

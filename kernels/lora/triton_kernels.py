@@ -10,7 +10,7 @@ and `drop`, dropout by itself, for DoRA, whose base product sees the dropped x t
 
 N rows (tokens), K in features, O (as a size: OUT) out features, R ranks. Dropout's factor 1 / (1 - p) is in `scale`.
 Sums over more than one program are written as float32 partials and added in order by `ordered_sum`: no atomics, bitwise
-repeatable. lora_triton.py launches them.
+repeatable. triton_backend.py launches them.
 """
 
 import triton

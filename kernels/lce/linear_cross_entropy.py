@@ -6,8 +6,8 @@
                             + z_loss * (logsumexp_v z[t, v])^2)
 
 Rows without a label are dropped before the first product. The rest goes in chunks through one of three back ends, all
-with the formulas of lce_rows.py: `torch` (lce_torch.py), `chunked` (lce_chunked.py: cuBLAS and one Triton kernel a row)
-and `anchored` (lce_anchored.py: a Triton product that stores exp(logit - label's logit)). Gradients are computed in the
+with the formulas of rows.py: `torch` (torch_backend.py), `chunked` (chunked.py: cuBLAS and one Triton kernel a row)
+and `anchored` (anchored.py: a Triton product that stores exp(logit - label's logit)). Gradients are computed in the
 forward, where the logits are; only reduction="none" with a trainable head computes them again in the backward, because
 the weight of each row in the head's gradient is not known before.
 """
@@ -19,10 +19,10 @@ import torch
 import torch.distributed
 
 from tunesmith.kernels.device import DEBUG, on_its_device, without_autocast
-from tunesmith.kernels.lce_checks import check_labels, check_rows, check_slice, check_tensors, check_terms
-from tunesmith.kernels.lce_chunks import over_chunks
-from tunesmith.kernels.lce_head import make_head
-from tunesmith.kernels.lce_rows import Slice, Terms
+from tunesmith.kernels.lce.checks import check_labels, check_rows, check_slice, check_tensors, check_terms
+from tunesmith.kernels.lce.head import make_head
+from tunesmith.kernels.lce.over_chunks import over_chunks
+from tunesmith.kernels.lce.rows import Slice, Terms
 
 IGNORE_INDEX = -100
 

@@ -1,6 +1,6 @@
 """The passes of the LoRA matmul in plain torch: what the Triton kernels are held against, and what CPUs run.
 
-The same arithmetic, the same dropout mask and the same saved tensors as lora_triton.py, function for function.
+The same arithmetic, the same dropout mask and the same saved tensors as triton_backend.py, function for function.
 """
 
 import torch

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.kernels.lora_linear import dora_linear, dora_norm, lora_linear, lora_linear_group
+from tunesmith.kernels.lora.lora_linear import dora_linear, dora_norm, lora_linear, lora_linear_group
 from tunesmith.kernels.philox import dropout
 
 LIMIT = 2e-6  # relative norm, float32

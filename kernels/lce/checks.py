@@ -2,7 +2,7 @@
 
 import torch
 
-from tunesmith.kernels.lce_rows import Slice, Terms
+from tunesmith.kernels.lce.rows import Slice, Terms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tunesmith.kernels.lce_rows import Slice, Terms
+from tunesmith.kernels.lce.rows import Slice, Terms
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy
+from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
 
 T, D, V = 4, 6, 9
 

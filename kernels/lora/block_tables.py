@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from tunesmith.kernels import blocks, lora_kernels
+from tunesmith.kernels import blocks
 from tunesmith.kernels.blocks import Block, Build, Table, block
 from tunesmith.kernels.device import arch
+from tunesmith.kernels.lora import triton_kernels
 
 RANK_STEP = 16  # the narrowest side of a matrix instruction: ranks are stored padded to a multiple of it
 MOST_RANKS = {90: 128, 80: 128, 0: 32}  # in one program; more go in slices
@@ -136,7 +137,7 @@ def builds() -> list[Build]:
 
 
 def _build(kernel: str, candidate: Block, number: int, element: str, ranks: int, flags: dict[str, bool]) -> Build:
-    function = getattr(lora_kernels, kernel)
+    function = getattr(triton_kernels, kernel)
     constants: dict[str, Any] = {**flags, "WIDEN": False, "BLOCK_R": ranks}
     signature = {}
     for name in function.arg_names:
@@ -156,10 +157,10 @@ def _sum_build(number: int) -> Build:
     sizes = "part_size", "width", "rows", "columns", "out_stride"
     integers = dict.fromkeys(("num_parts", *sizes), "i32")
     signature = {"parts": "*fp32", "out": "*bf16", **integers, "scale": "fp32"}
-    return Build(lora_kernels.ordered_sum, block(4, 2, BLOCK=SUM_BLOCK), number, signature, {}, "bf16", sizes)
+    return Build(triton_kernels.ordered_sum, block(4, 2, BLOCK=SUM_BLOCK), number, signature, {}, "bf16", sizes)
 
 
 def _drop_build(number: int) -> Build:
     integers = dict.fromkeys(("N", "K", "threshold", "seed_low", "seed_high", "layer"), "i32")
     signature = {"x_NK": "*bf16", "out_NK": "*bf16", **_SCALARS, **integers}
-    return Build(lora_kernels.drop, DROP_BLOCK, number, signature, {}, "bf16", ("N", "K"))
+    return Build(triton_kernels.drop, DROP_BLOCK, number, signature, {}, "bf16", ("N", "K"))

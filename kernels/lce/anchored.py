@@ -21,7 +21,7 @@ import triton
 
 from tunesmith.kernels.blocks import Build, Table, block, choose
 from tunesmith.kernels.device import INTERPRETED, add_mm_fp32, arch, mm_fp32, num_multiprocessors
-from tunesmith.kernels.lce_anchored_kernels import (
+from tunesmith.kernels.lce.anchored_kernels import (
     lce_anchor_kernel,
     lce_gemm_kernel,
     lce_gemm_tma_kernel,
@@ -29,8 +29,8 @@ from tunesmith.kernels.lce_anchored_kernels import (
     lce_rescue_kernel,
     lce_terms_kernel,
 )
-from tunesmith.kernels.lce_head import Head
-from tunesmith.kernels.lce_rows import NO_LOGIT, Factors, LogitSums, Rows, whole_rows
+from tunesmith.kernels.lce.head import Head
+from tunesmith.kernels.lce.rows import NO_LOGIT, Factors, LogitSums, Rows, whole_rows
 
 SLAB_ALIGNMENT = 64  # elements: the copy engine addresses rows that start on 16 bytes
 GEMM_BLOCKS = {

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tunesmith.kernels import lce_torch
 from tunesmith.kernels.device import num_multiprocessors, why_not_triton
-from tunesmith.kernels.lce_head import Head
-from tunesmith.kernels.lce_rows import Rows
+from tunesmith.kernels.lce import torch_backend
+from tunesmith.kernels.lce.head import Head
+from tunesmith.kernels.lce.rows import Rows
 
 BACKENDS = ("auto", "triton", "anchored", "chunked", "torch")
 # On a GPU a chunk is a matter of filling the multiprocessors; on a CPU, of staying in the cache between passes.
@@ -35,15 +35,15 @@ def plan_for(backend: str, head: Head, hidden_ND: torch.Tensor, max_slab_bytes: 
     if max_slab_bytes is not None and max_slab_bytes < 1:
         raise ValueError(f"max_slab_bytes must be 1 or more, not {max_slab_bytes}.")
     chosen = "torch" if backend == "torch" else _triton_backend(backend, head, hidden_ND)
-    chunk: Chunk = lce_torch.chunk
+    chunk: Chunk = torch_backend.chunk
     if chosen == "chunked":
-        from tunesmith.kernels import lce_chunked
+        from tunesmith.kernels.lce import chunked
 
-        chunk = lce_chunked.chunk
+        chunk = chunked.chunk
     elif chosen == "anchored":
-        from tunesmith.kernels import lce_anchored
+        from tunesmith.kernels.lce import anchored
 
-        chunk = lce_anchored.chunk
+        chunk = anchored.chunk
     return Plan(chunk, chunk_rows(chosen, head, hidden_ND, max_slab_bytes), chosen)
 
 

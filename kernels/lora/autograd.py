@@ -1,6 +1,6 @@
 """The gradient of a group of LoRA layers that share their input: what is kept, and the order of the passes.
 
-Written over a back end, lora_torch.py or lora_triton.py, whose passes do the work beside the base products.
+Written over a back end, torch_backend.py or triton_backend.py, whose passes do the work beside the base products.
 """
 
 from collections.abc import Sequence

@@ -1,14 +1,14 @@
 """linear_cross_entropy in plain torch, chunk by chunk: for the CPU, and for what the Triton back ends do not cover.
 
-The mathematics is that of lce_rows.py. C rows of a chunk, D hidden, V vocabulary of this rank's slice. Logits and their
+The mathematics is that of rows.py. C rows of a chunk, D hidden, V vocabulary of this rank's slice. Logits and their
 gradient live in one [C, V] slab (two with a soft cap or statistics), in float32, or float64 for float64 inputs.
 """
 
 import torch
 
 from tunesmith.kernels.device import add_mm_fp32, mm_fp32
-from tunesmith.kernels.lce_head import Head
-from tunesmith.kernels.lce_rows import NO_LOGIT, Factors, LogitSums, Rows, whole_rows
+from tunesmith.kernels.lce.head import Head
+from tunesmith.kernels.lce.rows import NO_LOGIT, Factors, LogitSums, Rows, whole_rows
 
 
 def chunk(head: Head, hidden_CD: torch.Tensor, labels_C: torch.Tensor, coefficient_C: torch.Tensor) -> Rows:

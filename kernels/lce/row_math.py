@@ -1,4 +1,4 @@
-"""The formulas of lce_rows.py inside Triton kernels. Everything is float32; see there for the derivation."""
+"""The formulas of rows.py inside Triton kernels. Everything is float32; see there for the derivation."""
 
 import triton
 import triton.language as tl
