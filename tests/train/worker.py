@@ -88,14 +88,16 @@ class Rank:
         self._num_runs = 0
 
     @contextlib.contextmanager
-    def ready(self, overrides: list[str], run_dir: str | None = None) -> Iterator[tuple[Loop, Recorder]]:
+    def ready(
+        self, overrides: list[str], run_dir: str | None = None, config_dir: Path | None = None
+    ) -> Iterator[tuple[Loop, Recorder]]:
         """A loop at its start as launch/train.py makes it, reporting to a Recorder; its engine is closed afterwards.
 
         Its folder, unless given, is a new one in the pool's scratch folder (the working directory), on all ranks alike.
         """
         self._num_runs += 1
         folder = Path(run_dir or f"run-{self._num_runs}").absolute()
-        config, recorder = compose_config(overrides).config, Recorder()
+        config, recorder = compose_config(overrides, config_dir).config, Recorder()
         run = self.made(config, folder, recorder)
         loop = Loop(run, open_session(run))
         try:
@@ -127,15 +129,18 @@ class Rank:
             loop.train()
         return recorder
 
-    def train_in_pieces(self, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
+    def train_in_pieces(
+        self, overrides: list[str], run_dir: str, stop_after: list[int], config_dir: Path | None = None
+    ) -> dict[str, Any]:
         """A run left without a word after so many of its own steps, each time, and resumed.
 
-        Gives the loss of every step, the step at which each piece started, and how often the validation split was seen.
+        Gives the loss of every step, the step at which each piece started, every evaluation, and what the
+        objective said of the last piece's steps.
         """
         found: dict[int, float] = {}
-        started_at, num_evaluations = [], 0
+        started_at, evaluations = [], list[dict[str, float]]()
         for limit in [*stop_after, None]:
-            with self.ready(overrides, run_dir) as (loop, recorder):
+            with self.ready(overrides, run_dir, config_dir) as (loop, recorder):
                 first = loop.session.state.step
                 if limit is None:
                     loop.train()
@@ -144,9 +149,10 @@ class Rank:
                         loop.step()
                 found |= {first + index: loss for index, loss in enumerate(recorder.losses)}
                 started_at.append(first)
-                num_evaluations += len(recorder.evaluations)
+                evaluations += recorder.evaluations
         losses = [found[step] for step in range(len(found))]
-        return {"losses": losses, "started_at": started_at, "num_evaluations": num_evaluations}
+        metrics = [step.metrics for step in recorder.steps]
+        return {"losses": losses, "started_at": started_at, "evaluations": evaluations, "step_metrics": metrics}
 
 
 def load(file: str, loaded: dict[str, Any]) -> Any:
@@ -154,6 +160,7 @@ def load(file: str, loaded: dict[str, Any]) -> Any:
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         assert spec is not None
         assert spec.loader is not None
+        sys.path.append(str(Path(file).parent))  # for what a test keeps in a file beside it
         loaded[file] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded[file])
     return loaded[file]

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tunesmith.train.errors import TrainingError
+from tunesmith.train.files import durable
 
 FILE = ".tunesmith-attempt.json"  # a name that makes no folder look used (run_folder.py)
 LOOK_SECONDS = 2.0  # between two looks at it while nothing is committed
@@ -83,14 +84,12 @@ class Fence:
 
         Raises OSError, and Superseded when a later start of the same job has it.
         """
-        from tunesmith.train.files.durable import write_atomically  # here: each of its writes asks the fence
-
         there = token_in(folder)
         if there is not None and there.launch == token.launch and there.restart > token.restart:
             raise _superseded(there, token, folder)
         self.leave()
         if there != token:
-            write_atomically(folder / FILE, json.dumps(asdict(token)).encode())
+            durable.write_atomically(folder / FILE, json.dumps(asdict(token)).encode())
         self.join(folder, token)
 
     def join(self, folder: Path, token: Token) -> None:
@@ -128,6 +127,7 @@ class Fence:
 
 
 fence = Fence()
+durable.before_commit = fence.check
 
 
 def _superseded(there: Token, token: Token | None, folder: Path) -> Superseded:

@@ -70,7 +70,7 @@ def add_up(totals: Sequence[Mapping[str, Tensor | float]], names: list[str], dev
     return added
 
 
-_KINDS: dict[str, Callable[..., Any]] = {}
+_KINDS: dict[str, Any] = {}  # kind -> class
 
 
 def objective(kind: str) -> Callable[[type[T]], type[T]]:
@@ -95,8 +95,7 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
         )
     if kind not in _KINDS:
         import_module(f"{__package__}.{kind}")
-    made: Objective = _KINDS[kind](config, tokenizer)
-    figures = [f"eval/{name}" for name in made.figures]
+    figures = [f"eval/{name}" for name in _KINDS[kind].figures]
     if config.evaluate.metric not in figures:
         raise ConfigError(
             f"objective.kind={kind} has no figure {config.evaluate.metric!r}."
@@ -104,6 +103,7 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
             key="evaluate.metric",
             do=f"choose one of {', '.join(figures)}.",
         )
+    made: Objective = _KINDS[kind](config, tokenizer)
     return made
 
 
