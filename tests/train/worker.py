@@ -117,7 +117,7 @@ class Rank:
     def faults(self, loop: Loop, text: str) -> Iterator[None]:
         """Inside, the faults of a plan like TUNESMITH_FAULTS strike this rank."""
         progress.plan = FaultPlan([parse(fault) for fault in text.split(";") if fault], self.world.rank)
-        planned_faults.install(progress.plan, loop)
+        loop.objective = planned_faults.install(progress.plan, loop.objective, loop.session.engine.module)
         try:
             yield
         finally:

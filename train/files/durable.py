@@ -20,7 +20,7 @@ BUFFER_BYTES = 1 << 20  # torch.save writes a header and padding for each tensor
 COMMITS = ("rename", "mkdir", "unlink")  # what only the newest attempt at a run may do (fence.py)
 OURS = ".tunesmith-"  # start of the names that make no run folder look used (run_folder.py)
 FILE_MODE, FOLDER_MODE = 0o644, 0o755  # whatever the umask allows: a checkpoint that others may write is refused later
-before_commit: Callable[[], None] = lambda: None  # fence.check(), in a process that knows of a fence
+before_commit: list[Callable[[], None]] = []  # fence.check(), in a process that knows of a fence
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,15 @@ def operation(kind: str, path: Path) -> None:
     Raises Superseded for one of COMMITS when a newer attempt has the run folder.
     """
     if kind in COMMITS:
-        before_commit()
+        check_commit()
     if progress.plan is not None:
         progress.plan.at_file(kind, str(path))
+
+
+def check_commit() -> None:
+    """Raises Superseded when a newer attempt has the run folder."""
+    for check in before_commit:
+        check()
 
 
 def save_begins() -> None:
@@ -117,7 +123,7 @@ def write_bytes(path: Path, data: bytes) -> FileDigest:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """A file that is the old one or the new one at any moment. Raises OSError, and Superseded (fence.py)."""
-    before_commit()  # nothing is left behind by an attempt that has lost the folder
+    check_commit()  # nothing is left behind by an attempt that has lost the folder
     staged = path.with_name(f"{OURS}{path.name}.staged")
     write_bytes(staged, content)
     replace(staged, path)

@@ -127,7 +127,7 @@ class Fence:
 
 
 fence = Fence()
-durable.before_commit = fence.check
+durable.before_commit.append(fence.check)
 
 
 def _superseded(there: Token, token: Token | None, folder: Path) -> Superseded:

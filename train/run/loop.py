@@ -97,7 +97,7 @@ class Loop:
         self._profiler = Profiler(run.config.profile, run.run_dir, run.world, run.device)
         session.engine.train()
         if progress.plan is not None:
-            planned_faults.install(progress.plan, self)
+            self.objective = planned_faults.install(progress.plan, run.objective, session.engine.module)
 
     def train(self) -> None:
         """Trains until the last step or until evaluate.metric has stopped getting better.

@@ -1,6 +1,8 @@
 """Faults on purpose inside a step, for tests: nothing of this is there unless TUNESMITH_FAULTS is set."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from tunesmith.train.data.store import Batch
 from tunesmith.train.model.scorer import Scorer
@@ -9,9 +11,6 @@ from tunesmith.train.ranks.fault_plan import FaultPlan
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import progress
 from tunesmith.train.zero.sharding import local_part
-
-if TYPE_CHECKING:
-    from tunesmith.train.run.loop import Loop
 
 
 class SpoiledObjective:
@@ -31,8 +30,7 @@ class SpoiledObjective:
         return Sums(sums.loss * self._plan.loss_factor(progress.step), sums.totals)
 
 
-def install(plan: FaultPlan, loop: "Loop") -> None:
-    """Hangs a plan's faults on a loop: spoiled losses, and a weight that changes by itself."""
-    loop.objective = SpoiledObjective(loop.objective, plan)
-    module = loop.session.engine.module
-    plan.weights = lambda: local_part(next(module.parameters()))
+def install(plan: FaultPlan, objective: Objective, model: nn.Module) -> Objective:
+    """Hangs a plan's faults on a loop: the objective with spoiled losses, and a weight that changes by itself."""
+    plan.weights = lambda: local_part(next(model.parameters()))
+    return SpoiledObjective(objective, plan)
