@@ -25,7 +25,6 @@ from tunesmith.kernels.blocks import Block, block
 from tunesmith.kernels.device import arch, mm_fp32, num_multiprocessors, why_not_triton
 from tunesmith.kernels.lce.backends import wave_rows
 from tunesmith.kernels.lce.head import make_head
-from tunesmith.kernels.lce.rows import Slice, Terms
 from tunesmith.kernels.lora import torch_backend
 from tunesmith.kernels.philox import dropout
 
@@ -99,7 +98,7 @@ class Probe:
             logits, labels = self.tensor(self.chunk, V, scale=3.0), self._labels(self.chunk, V)
             exact = logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
             for sizes in chunked.ROW_BLOCKS[arch(self.device)]:
-                slab, out = logits.clone(), torch.empty(9, len(logits), dtype=torch.float32, device=self.device)
+                slab, out = logits.clone(), torch.empty(3, len(logits), dtype=torch.float32, device=self.device)
                 call = partial(_launch_rows, slab, labels, torch.ones_like(out[0]), out, sizes)
                 call()
                 wrong = error(out[chunked.NLL], -exact)
@@ -126,18 +125,18 @@ class Probe:
         from tunesmith.kernels.lce import anchored
 
         head = make_head(
-            weight, None, Terms(), Slice(0, len(weight)),
+            weight, None,
             wants_hidden=stores, wants_unembed=False, wants_bias=False, wants_stats=False,
         )  # fmt: skip
-        label_C, _ = anchored._anchors(head, hidden, labels)
+        label_C = anchored.label_logits(head, hidden, labels)
         plain = torch.empty(len(hidden), len(weight), dtype=self.dtype, device=self.device)
         try:
-            wrong = _sum_error(anchored._powers(head, hidden, labels, label_C)[1][0], hidden, weight, labels)
+            wrong = _sum_error(anchored.powers(head, hidden, labels, label_C)[1][0], hidden, weight, labels)
         except Exception as problem:  # whatever the compiler or the launch says of a candidate
             return [None, None, "eta", first_line(problem)]
         ms = self.times(
             {
-                "ours": lambda: anchored._powers(head, hidden, labels, label_C),
+                "ours": lambda: anchored.powers(head, hidden, labels, label_C),
                 "cublas": lambda: torch.mm(hidden, weight.t(), out=plain),
             }
         )
@@ -191,8 +190,8 @@ def _launch_rows(
 
     rows, V = slab.shape
     chunked.lce_rows_kernel[(rows,)](
-        slab, slab.stride(0), None, labels, factor, out, rows, V, 1.0, 1.0, V, HAS_BIAS=False,
-        HAS_CAP=False, SMOOTHING=0.0, Z_LOSS=0.0, STATS=False, GRAD=True, WHOLE=True, **sizes.launch,
+        slab, slab.stride(0), None, labels, factor, out, rows, V, 1.0, 1.0, HAS_BIAS=False, HAS_CAP=False,
+        STATS=False, GRAD=True, **sizes.launch,
     )  # fmt: skip
 
 

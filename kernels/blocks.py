@@ -1,11 +1,10 @@
 """Block sizes of the Triton kernels: a static table for each kernel, and what a timed pick on this GPU has chosen.
 
 A table maps an architecture (90 Hopper, 80 any other GPU, 0 the interpreter) to candidates, the first of which is the
-default. `compile_report.py` cross-compiles every one of them, so that none that spills is shipped.
+default. compile_builds.py lists them all for the cross-compiler, so that none that spills is shipped.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -35,20 +34,6 @@ def block(num_warps: int = 4, num_stages: int = 2, **sizes: int) -> Block:
 
 
 Table = dict[int, list[Block]]
-
-
-@dataclass(frozen=True)
-class Build:
-    """One shipped way to compile a kernel: all that the cross-compiler needs, without a GPU."""
-
-    kernel: Any  # the @triton.jit function
-    block: Block
-    arch: int  # 80 or 90
-    signature: dict[str, str]  # argument -> Triton type: "*bf16", "fp32", "i32", ... ; constexpr ones left out
-    constants: dict[str, Any]  # constexpr argument -> value, without the block's sizes
-    label: str  # what a reader of the report should see: the features that are on
-    aligned: tuple[str, ...] = ()  # integer arguments that are multiples of 16; pointers always are
-    expects: tuple[str, ...] = ()  # instructions that must be in the machine code, such as HGMMA
 
 
 def choose(kernel: str, table: Table, device: torch.device, shape: tuple[int, ...]) -> Block:

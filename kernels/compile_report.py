@@ -11,16 +11,14 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tunesmith.kernels.blocks import Build
+from tunesmith.kernels.compile_builds import BUILDS, Build
 
-MODULES = ("lce.chunked", "lce.anchored", "lora.block_tables")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of one thread block, CUDA C++ programming guide, table 28
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS")
@@ -43,8 +41,8 @@ class Report:
 
 
 def all_builds() -> list[Build]:
-    """Every configuration of every kernel module."""
-    return [build for name in MODULES for build in import_module(f"tunesmith.kernels.{name}").builds()]
+    """Every configuration of every kernel."""
+    return [build for builds in BUILDS.values() for build in builds()]
 
 
 def report_all(processes: int) -> Iterator[Report]:

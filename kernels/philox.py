@@ -2,11 +2,11 @@
 
 Element (row, column) of a layer's input is decided by one 16-bit draw and is kept if draw >= round(p * 65536):
 
-    words = philox(key = seed, counter = (column // 8, row mod 2^32, row // 2^32, layer))
+    words = philox(key = seed, counter = (column // 8, row, 0, 0))
     draw  = 16 bits of words[column % 8 // 2]: the low half for even columns, the high half for odd ones
 
-So a mask is never stored, and it does not depend on how rows are split: rows are counted from first_row. Eight
-decisions for one call of seven rounds: few enough instructions for a GPU to draw them while it waits for memory.
+So a mask is never stored. Eight decisions for one call of seven rounds: few enough instructions for a GPU to draw them
+while it waits for memory.
 Source: Salmon et al., 2011, doi:10.1145/2063384.2063405; seven rounds pass BigCrush.
 """
 
@@ -28,8 +28,6 @@ class Dropout:
 
     threshold: int  # 1 to 65535
     seed: int  # 64 bits
-    layer: int = 0  # 32 bits: lets layers share a seed
-    first_row: int = 0  # the number of the first row among all rows: of all ranks, all chunks
 
     @property
     def keep_scale(self) -> float:
@@ -42,7 +40,7 @@ class Dropout:
         groups = torch.arange(-(-columns // 8), device=device)
         step = max(1, _CHUNK // max(1, len(groups)))
         for start in range(0, rows, step):
-            numbers = torch.arange(self.first_row + start, self.first_row + min(rows, start + step), device=device)
+            numbers = torch.arange(start, min(rows, start + step), device=device)
             words = self._words(groups, numbers[:, None])
             draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
             mask[start : start + step] = (draws.flatten(1) >= self.threshold)[:, :columns]
@@ -50,7 +48,7 @@ class Dropout:
 
     def _words(self, group: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Philox in int64: the low 64 bits of a product are right whatever its sign becomes."""
-        c0, c1, c2, c3 = group & _LOW, row & _LOW, (row >> 32) & _LOW, torch.full_like(group, self.layer & _LOW)
+        c0, c1, c2, c3 = group, row, torch.zeros_like(group), torch.zeros_like(group)
         key0, key1 = self.seed & _LOW, (self.seed >> 32) & _LOW
         for _ in range(ROUNDS):
             product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -60,10 +58,10 @@ class Dropout:
         return c0, c1, c2, c3
 
 
-def dropout(p: float, seed: int | None, *, layer: int = 0, first_row: int = 0) -> Dropout | None:
+def dropout(p: float, seed: int | None) -> Dropout | None:
     """Dropout with probability p, rounded to a multiple of 1/65536 (off by 7.7e-6 at most); None where that is 0.
 
-    Raises ValueError when p is not in [0, 1), or when a seed, layer or row is missing or does not fit its bits.
+    Raises ValueError when p is not in [0, 1), or when a seed is missing or does not fit its bits.
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p={p} is not in [0, 1).")
@@ -74,7 +72,6 @@ def dropout(p: float, seed: int | None, *, layer: int = 0, first_row: int = 0) -
         raise ValueError(f"dropout_p={p} rounds to 1 in 16 bits: it would drop everything; at most {1 - 1 / DRAWS}.")
     if seed is None:
         raise ValueError(f"dropout_p={p} needs a seed: the backward pass draws the mask again from it.")
-    for name, value, bits in (("seed", seed, 64), ("layer", layer, 32), ("first_row", first_row, 63)):
-        if not 0 <= value < 1 << bits:
-            raise ValueError(f"{name}={value} is not in [0, 2^{bits}).")
-    return Dropout(threshold, seed, layer, first_row)
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed={seed} is not in [0, 2^64).")
+    return Dropout(threshold, seed)

@@ -31,7 +31,7 @@ WARM_UP, ROUNDS = 2, 10
 # Two results of 16-bit kernels, each up to three roundings of rms 2^-9 from the truth; float32 adds up thousands.
 LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
-Run = Callable[[str], dict[str, torch.Tensor]]
+TimedCall = Callable[[str], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Workload:
     """A call of an operation at the sizes of a run."""
 
     name: str  # with all sizes: picks are kept under it
-    prepare: Callable[[], Run]  # makes the tensors; the Run takes a back end and returns results and gradients
+    prepare: Callable[[], TimedCall]  # makes the tensors; the call takes a back end and returns results and gradients
     backends: tuple[str, ...]  # the Triton ones that compete
     dtype: torch.dtype
     head: tuple[int, int] | None = None  # (V, D) of the loss, whose back end is a pick of its own
@@ -134,7 +134,7 @@ class _Trials:
     def __init__(
         self,
         workload: Workload,
-        run: Run,
+        run: TimedCall,
         backend: str,
         exact: dict[str, torch.Tensor],
         device: torch.device,

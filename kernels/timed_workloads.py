@@ -6,7 +6,7 @@ import torch
 
 from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
 from tunesmith.kernels.lora.lora_linear import lora_linear_group
-from tunesmith.kernels.timed_pick import Run, Workload
+from tunesmith.kernels.timed_pick import TimedCall, Workload
 
 SEED = 20_240
 
@@ -24,7 +24,7 @@ def loss_workload(
 ) -> Workload:
     """One forward and backward of linear_cross_entropy; trainable: the head gets a gradient too."""
 
-    def prepare() -> Run:
+    def prepare() -> TimedCall:
         drawn = torch.Generator(device).manual_seed(SEED)
         hidden = torch.randn(rows, hidden_size, generator=drawn, device=device).to(dtype).requires_grad_()
         unembed = torch.randn(vocab_size, hidden_size, generator=drawn, device=device, dtype=dtype)
@@ -60,7 +60,7 @@ def lora_workload(
 ) -> Workload:
     """One forward and backward of lora_linear_group with frozen weights."""
 
-    def prepare() -> Run:
+    def prepare() -> TimedCall:
         drawn = torch.Generator(device).manual_seed(SEED)
 
         def tensor(*shape: int) -> torch.Tensor:

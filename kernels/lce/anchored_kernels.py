@@ -1,8 +1,8 @@
 """Triton kernels of the target-anchored loss (anchored.py says what they are for).
 
-C rows of a chunk, D hidden, V vocabulary of this rank's slice. The distance of a logit is d = z - a, from the label's
-logit. What is stored is E = exp(d - offset), with the offset OFFSET for every row but the few that lce_rescue_kernel
-does again.
+C rows of a chunk, D hidden, V vocabulary; own: the token that is a row's label. The distance of a logit is d = z - a,
+from the label's logit. What is stored is E = exp(d - offset), with the offset OFFSET for every row but the few that
+lce_rescue_kernel does again.
 """
 
 import math
@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from tunesmith.kernels.lce.row_math import LOG2E, capped, entropy_of, log1p, row_terms
+from tunesmith.kernels.lce.row_math import LOG2E, capped, entropy_of, log1p
 
 # E is a factor away from exp(z - a), which costs bfloat16 no precision: it has the exponents of float32. With 28 nats,
 # logits down to 59 nats below the label's have normal numbers, and labels of up to 69 nats need no second look.
@@ -24,30 +24,25 @@ ROWS = ["C"]  # the last chunk has any number of rows: neither 1 nor a multiple 
 
 @triton.jit
 def lce_anchor_kernel(
-    x, w, bias, token_sum, own_C, label_C, total_C, D, scale, cap, bias_sum,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, w, bias, own_C, label_C, D, scale, cap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row: the logit of its label (0 where another rank holds it), and the sum of all its logits."""
+    """One row: the logit of its label."""
     i = tl.program_id(0).to(tl.int64)
     own = tl.load(own_C + i)
     lanes = tl.arange(0, BLOCK_D)
     label = tl.zeros((BLOCK_D,), tl.float32)
-    total = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, D, BLOCK_D):
         cols = start + lanes
         h = tl.load(x + i * D + cols, mask=cols < D, other=0.0).to(tl.float32)
-        label += h * tl.load(w + own * D + cols, mask=(cols < D) & (own >= 0), other=0.0).to(tl.float32)
-        if SMOOTHED:
-            total += h * tl.load(token_sum + cols, mask=cols < D, other=0.0)
+        label += h * tl.load(w + own * D + cols, mask=cols < D, other=0.0).to(tl.float32)
     a = tl.sum(label, 0)
     if HAS_BIAS:
-        a += tl.load(bias + own, mask=own >= 0, other=0.0)
+        a += tl.load(bias + own)
     a *= scale
     if HAS_CAP:
         a, _ = capped(a, cap)
-    tl.store(label_C + i, tl.where(own >= 0, a, 0.0))
-    if SMOOTHED:
-        tl.store(total_C + i, (tl.sum(total, 0) + tl.load(bias_sum)) * scale)
+    tl.store(label_C + i, a)
 
 
 @triton.jit
@@ -217,11 +212,9 @@ def _others_entropy(s, weighted, top):
 
 @triton.jit
 def lce_terms_kernel(
-    label_C, total_C, sums, offset_C, coefficient_C, out, C, vocab_size,
-    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, STATS: tl.constexpr, BLOCK_C: tl.constexpr,
+    label_C, sums, offset_C, coefficient_C, out, C, STATS: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Loss and factors of rows whose vocabulary is whole: out[0..5] = nll, loss, e_factor, label_factor, entropy,
-    correct.
+    """Loss and factors of rows: out[0..4] = nll, e_factor, label_factor, entropy, correct.
 
     With X = exp(o - a) = S * exp(offset): nll = log(1 + X), q = X / (1 + X), and exp(z[v] - o) = E[v] / S.
     """
@@ -235,30 +228,25 @@ def lce_terms_kernel(
     nll = tl.where(rescued, offset + tl.log(tl.where(rescued & inside, s, 1.0)), log1p(X))
     p = tl.where(rescued, 0.0, 1 / (1 + X))
     q = tl.where(rescued, 1.0, X / (1 + X))
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    if SMOOTHING > 0:
-        mean = tl.load(total_C + i, mask=inside, other=0.0) / vocab_size
     label = tl.load(label_C + i, mask=inside, other=0.0)
     nll = tl.where(label < float("inf"), nll, float("nan"))  # overflowed, not certain
-    coefficient = tl.load(coefficient_C + i, mask=inside, other=0.0)
-    loss, others_factor, label_factor = row_terms(label, nll, p, q, mean, coefficient, SMOOTHING, Z_LOSS)
+    factor = tl.load(coefficient_C + i, mask=inside, other=0.0) * q
     tl.store(out + i, nll, mask=inside)
-    tl.store(out + C + i, loss, mask=inside)
-    tl.store(out + 2 * C + i, others_factor / tl.where(s > 0, s, 1.0), mask=inside)
-    tl.store(out + 3 * C + i, label_factor, mask=inside)
+    tl.store(out + C + i, factor / tl.where(s > 0, s, 1.0), mask=inside)
+    tl.store(out + 2 * C + i, -factor, mask=inside)
     if STATS:
         largest = tl.load(sums + 2 * C + i, mask=inside, other=0.0)
         others_entropy = _others_entropy(s, tl.load(sums + C + i, mask=inside, other=0.0), largest - offset)
-        tl.store(out + 4 * C + i, entropy_of(nll, p, q, others_entropy), mask=inside)
-        tl.store(out + 5 * C + i, tl.where(largest <= 0, 1.0, 0.0), mask=inside)
+        tl.store(out + 3 * C + i, entropy_of(nll, p, q, others_entropy), mask=inside)
+        tl.store(out + 4 * C + i, tl.where(largest <= 0, 1.0, 0.0), mask=inside)
 
 
 @triton.jit
 def lce_hidden_kernel(
-    products, w, token_sum, own_C, label_C, e_factor_C, label_factor_C, smoothing_factor_C, grad, D, scale, cap,
-    HAS_CAP: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK_D: tl.constexpr,
+    products, w, own_C, label_C, e_factor_C, label_factor_C, grad, D, scale, cap,
+    HAS_CAP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one hidden state from the row of E @ unembed, the label's row of unembed and the sum of all rows."""
+    """Gradient of one hidden state from the row of E @ unembed and the label's row of unembed."""
     i = tl.program_id(0).to(tl.int64)
     own = tl.load(own_C + i)
     e_factor, label_factor = tl.load(e_factor_C + i), tl.load(label_factor_C + i)
@@ -268,7 +256,5 @@ def lce_hidden_kernel(
     for start in range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         g = e_factor * tl.load(products + i * D + cols, mask=cols < D, other=0.0)
-        g += label_factor * tl.load(w + own * D + cols, mask=(cols < D) & (own >= 0), other=0.0).to(tl.float32)
-        if SMOOTHED:
-            g -= tl.load(smoothing_factor_C + i) * tl.load(token_sum + cols, mask=cols < D, other=0.0)
+        g += label_factor * tl.load(w + own * D + cols, mask=cols < D, other=0.0).to(tl.float32)
         tl.store(grad + i * D + cols, (g * scale).to(grad.dtype.element_ty), mask=cols < D)

@@ -8,8 +8,7 @@ import torch
 
 from tunesmith.kernels.device import num_multiprocessors, why_not_triton
 from tunesmith.kernels.lce import torch_backend
-from tunesmith.kernels.lce.head import Head
-from tunesmith.kernels.lce.rows import Rows
+from tunesmith.kernels.lce.head import Head, Rows
 
 BACKENDS = ("auto", "triton", "anchored", "chunked", "torch")
 # On a GPU a chunk is a matter of filling the multiprocessors; on a CPU, of staying in the cache between passes.
@@ -22,18 +21,16 @@ Chunk = Callable[[Head, torch.Tensor, torch.Tensor, torch.Tensor], Rows]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChosenBackend:
+    name: str
     chunk: Chunk
     rows: int  # of one chunk
-    backend: str
 
 
-def plan_for(backend: str, head: Head, hidden_ND: torch.Tensor, max_slab_bytes: int | None) -> Plan:
-    """The back end for these tensors. Raises ValueError for a name or a cap that means nothing."""
+def choose_backend(backend: str, head: Head, hidden_ND: torch.Tensor) -> ChosenBackend:
+    """The back end for these tensors. Raises ValueError for a name that means nothing."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}.")
-    if max_slab_bytes is not None and max_slab_bytes < 1:
-        raise ValueError(f"max_slab_bytes must be 1 or more, not {max_slab_bytes}.")
     chosen = "torch" if backend == "torch" else _triton_backend(backend, head, hidden_ND)
     chunk: Chunk = torch_backend.chunk
     if chosen == "chunked":
@@ -44,7 +41,7 @@ def plan_for(backend: str, head: Head, hidden_ND: torch.Tensor, max_slab_bytes: 
         from tunesmith.kernels.lce import anchored
 
         chunk = anchored.chunk
-    return Plan(chunk, chunk_rows(chosen, head, hidden_ND, max_slab_bytes), chosen)
+    return ChosenBackend(chosen, chunk, chunk_rows(chosen, head, hidden_ND))
 
 
 def _triton_backend(backend: str, head: Head, hidden_ND: torch.Tensor) -> str:
@@ -59,9 +56,7 @@ def _triton_backend(backend: str, head: Head, hidden_ND: torch.Tensor) -> str:
         if backend != "auto":
             _say_once(backend, "torch", reason)
         return "torch"
-    wanted = (
-        backend if backend in ("anchored", "chunked") else preferred(device, head.unembed_VD, head.vocabulary.group)
-    )
+    wanted = backend if backend in ("anchored", "chunked") else preferred(device, head.unembed_VD)
     reason = why_not_anchored(head, hidden_ND.dtype) if wanted == "anchored" else None
     if reason is None:
         return wanted
@@ -70,12 +65,9 @@ def _triton_backend(backend: str, head: Head, hidden_ND: torch.Tensor) -> str:
     return "chunked"
 
 
-def preferred(device: torch.device, unembed_VD: torch.Tensor, group: object = None) -> str:
-    """The faster Triton back end by the roofline of docs/kernels.md, unless a timed pick says otherwise for a head.
-
-    Ranks that share a vocabulary take no pick: their slices may differ in size, and they must sum in the same order.
-    """
-    found = picked.get(tuple(unembed_VD.shape)) if group is None else None
+def preferred(device: torch.device, unembed_VD: torch.Tensor) -> str:
+    """The faster Triton back end by the roofline of docs/kernels.md, unless a timed pick says otherwise for a head."""
+    found = picked.get(tuple(unembed_VD.shape))
     if found is not None:
         return found
     return "anchored" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else "chunked"
@@ -90,8 +82,6 @@ def why_not_anchored(head: Head, dtype: torch.dtype) -> str | None:
         return "float16 cannot hold exp(logit - label's logit)"
     if dtype == torch.float32 and head.unembed_VD.is_cuda:
         return "its tiles are for 16 bits, and float32 products without tensor cores are best left to cuBLAS"
-    if head.terms.logit_softcap is not None and head.terms.label_smoothing:
-        return "label smoothing under a soft cap is not a sum over rows of the head"
     if head.grad_bias is not None:
         return "it makes no gradient for a bias"
     return None
@@ -106,19 +96,16 @@ def _say_once(asked: str, instead: str, reason: str) -> None:
 _said: set[tuple[str, str, str]] = set()
 
 
-def chunk_rows(backend: str, head: Head, hidden_ND: torch.Tensor, max_slab_bytes: int | None) -> int:
-    """Rows of one chunk, at least 1: as many as the slab allows, in equal parts, or on a GPU in whole waves.
-
-    Ranks that share a vocabulary get the same number, whatever their slices: they add up chunk by chunk.
-    """
+def chunk_rows(backend: str, head: Head, hidden_ND: torch.Tensor) -> int:
+    """Rows of one chunk, at least 1: as many as the slab allows, in equal parts, or on a GPU in whole waves."""
     num_rows, hidden_size = hidden_ND.shape
     row_bytes = slab_row_bytes(backend, head, hidden_ND.dtype)
     on_gpu = hidden_ND.device.type == "cuda"
-    default = CPU_SLAB_BYTES
+    slab_bytes = CPU_SLAB_BYTES
     if on_gpu:
-        default = GPU_SLAB_BYTES if head.grad_unembed is None else GPU_SLAB_BYTES_TRAINABLE
-    most = max(1, (max_slab_bytes or default) // row_bytes)
-    if num_rows <= most or row_bytes == 1:
+        slab_bytes = GPU_SLAB_BYTES if head.grad_unembed is None else GPU_SLAB_BYTES_TRAINABLE
+    most = max(1, slab_bytes // row_bytes)
+    if num_rows <= most:
         return max(1, num_rows)
     if on_gpu and most >= TILE_ROWS:
         return wave_rows(most, hidden_size, num_multiprocessors(hidden_ND.device), head.grad_unembed is not None)
@@ -127,15 +114,11 @@ def chunk_rows(backend: str, head: Head, hidden_ND: torch.Tensor, max_slab_bytes
 
 def slab_row_bytes(backend: str, head: Head, dtype: torch.dtype) -> int:
     """Bytes that one row of logits takes in a back end."""
-    columns = head.vocabulary.size // (1 if head.vocabulary.group is None else _num_ranks(head))
+    columns = len(head.unembed_VD)
     if backend != "torch":
         return columns * (2 if dtype in (torch.bfloat16, torch.float16) else 4)
-    slabs = 1 + (head.terms.logit_softcap is not None and head.wants_gradient) + head.wants_stats
+    slabs = 1 + (head.logit_softcap is not None and head.wants_gradient) + head.wants_stats
     return columns * slabs * (8 if dtype == torch.float64 else 4)
-
-
-def _num_ranks(head: Head) -> int:
-    return torch.distributed.get_world_size(head.vocabulary.group)
 
 
 def wave_rows(most: int, hidden_size: int, num_sms: int, trainable: bool) -> int:

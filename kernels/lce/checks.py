@@ -2,8 +2,7 @@
 
 import torch
 
-from tunesmith.kernels.lce.rows import Slice, Terms
-
+IGNORE_INDEX = -100  # the label of a row that does not count
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -60,31 +59,14 @@ def check_tensors(
         raise ValueError("weights_T requires a gradient, which linear_cross_entropy does not give: detach it.")
 
 
-def check_terms(terms: Terms, reduction: str) -> None:
+def check_options(logit_scale: float, logit_softcap: float | None, reduction: str) -> None:
     """Raises ValueError for a number that has no meaning."""
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction must be 'sum' or 'none', not {reduction!r}: divide a sum by what you count.")
-    if not 0 <= terms.label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be from 0 to below 1, not {terms.label_smoothing}.")
-    if not 0 <= terms.z_loss < float("inf"):
-        raise ValueError(f"z_loss must be 0 or more, not {terms.z_loss}.")
-    if terms.logit_softcap is not None and not 0 < terms.logit_softcap < float("inf"):
-        raise ValueError(f"logit_softcap must be above 0, or None, not {terms.logit_softcap}.")
-    if not 0 < abs(terms.logit_scale) < float("inf"):
-        raise ValueError(f"logit_scale must be a finite number other than 0, not {terms.logit_scale}.")
-
-
-def check_slice(vocabulary: Slice, num_rows: int) -> None:
-    """Raises ValueError when this rank's slice does not lie in the vocabulary."""
-    if vocabulary.start < 0 or vocabulary.start + num_rows > vocabulary.size:
-        raise ValueError(
-            f"unembed_VD holds {num_rows} tokens from vocab_start={vocabulary.start}, "
-            f"beyond vocab_size={vocabulary.size}."
-        )
-    if vocabulary.group is None and num_rows != vocabulary.size:
-        raise ValueError(
-            f"unembed_VD holds {num_rows} of vocab_size={vocabulary.size} tokens: name the group that has the others."
-        )
+    if logit_softcap is not None and not 0 < logit_softcap < float("inf"):
+        raise ValueError(f"logit_softcap must be above 0, or None, not {logit_softcap}.")
+    if not 0 < abs(logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale must be a finite number other than 0, not {logit_scale}.")
 
 
 def check_rows(rows_N: torch.Tensor, num_tokens: int) -> None:
@@ -98,14 +80,14 @@ def check_rows(rows_N: torch.Tensor, num_tokens: int) -> None:
         raise ValueError("rows_N names a row twice.")
 
 
-def check_labels(labels_N: torch.Tensor, vocabulary: Slice, ignore_index: int) -> None:
+def check_labels(labels_N: torch.Tensor, vocab_size: int) -> None:
     """Raises ValueError for a label outside the vocabulary. Reads the tensor: on a GPU this waits for it."""
     if len(labels_N) == 0:
         return
     low, high = int(labels_N.min()), int(labels_N.max())
-    if low >= 0 and high < vocabulary.size:
+    if low >= 0 and high < vocab_size:
         return
     wrong = low if low < 0 else high
-    if wrong == ignore_index:
-        raise ValueError(f"rows_N names a row whose label is ignore_index={ignore_index}: leave such rows out of it.")
-    raise ValueError(f"labels_T holds {wrong}, outside 0 to {vocabulary.size - 1} and not ignore_index={ignore_index}.")
+    if wrong == IGNORE_INDEX:
+        raise ValueError(f"rows_N names a row whose label is ignore_index={IGNORE_INDEX}: leave such rows out of it.")
+    raise ValueError(f"labels_T holds {wrong}, outside 0 to {vocab_size - 1} and not ignore_index={IGNORE_INDEX}.")

@@ -1,28 +1,39 @@
-"""The output head during one call of linear_cross_entropy: its weights, what is wanted of it, its gradients so far."""
+"""What a back end of linear_cross_entropy gets, the output head, and what it makes of the rows of a chunk."""
 
 from dataclasses import dataclass
 
 import torch
 
-from tunesmith.kernels.lce.rows import Slice, Terms
+from tunesmith.kernels.device import add_mm_fp32, mm_fp32
+
+
+@dataclass
+class Rows:
+    """What some rows come to, [C] each."""
+
+    nll: torch.Tensor
+    entropy: torch.Tensor | None = None
+    correct: torch.Tensor | None = None  # 1 or True where no logit is above the label's
+    grad_hidden: torch.Tensor | None = None  # [C, D], times the coefficient
 
 
 @dataclass
 class Head:
-    """D hidden, V vocabulary of this rank's slice. Gradients add up over chunks in float32, or float64 for it."""
+    """The output head during one call: its weights, what is wanted of it, its gradients so far.
+
+    C rows of a chunk, D hidden, V vocabulary. Gradients add up over chunks in float32, or float64 for it.
+    """
 
     unembed_VD: torch.Tensor
     bias_V: torch.Tensor | None  # float32 or wider
-    terms: Terms
-    vocabulary: Slice
+    logit_scale: float
+    logit_softcap: float | None
     wants_hidden: bool
     wants_stats: bool
     grad_unembed: torch.Tensor | None = None  # [V, D], where it is wanted
     grad_bias: torch.Tensor | None = None  # [V]
     is_first: bool = True  # the first chunk starts grad_unembed, which holds anything before
     _slab: torch.Tensor | None = None
-    _token_sum: torch.Tensor | None = None
-    _every_token: torch.Tensor | None = None  # [D]: what finish() takes from the gradient of every row of unembed
 
     @property
     def wants_gradient(self) -> bool:
@@ -40,35 +51,21 @@ class Head:
             self._slab = self.unembed_VD.new_empty(num_rows, width)
         return self._slab[:num_rows]
 
-    def token_sum(self) -> torch.Tensor:
-        """Sum of all rows of unembed, [D] float32, for label smoothing: read once a call."""
-        if self._token_sum is None:
-            self._token_sum = self.unembed_VD.sum(0, dtype=torch.float32)
-        return self._token_sum
-
-    def bias_sum(self) -> torch.Tensor:
-        """Sum of the bias, [] float32, on the device."""
-        return self.unembed_VD.new_zeros((), dtype=torch.float32) if self.bias_V is None else self.bias_V.sum()
-
-    def take_from_every_token(self, share_D: torch.Tensor) -> None:
-        """Label smoothing pulls every token down alike: kept as one row until all chunks are done."""
-        self._every_token = share_D if self._every_token is None else self._every_token + share_D
-
-    def finish(self) -> None:
-        """Call it once all chunks are done."""
-        if self.grad_unembed is None:
-            return
-        if self.is_first:
-            self.grad_unembed.zero_()  # there was no row at all
-        elif self._every_token is not None:
-            self.grad_unembed -= self._every_token
+    def backward(self, grad_CV: torch.Tensor, hidden_CD: torch.Tensor) -> torch.Tensor | None:
+        """From the gradient of the products: adds to the head's own; returns that of hidden, [C, D], if wanted."""
+        small_CV = grad_CV.to(self.unembed_VD.dtype)
+        if self.grad_unembed is not None:
+            add_mm_fp32(self.grad_unembed, small_CV.t(), hidden_CD, start=self.is_first)
+        if self.grad_bias is not None:
+            self.grad_bias += grad_CV.sum(0, dtype=self.grad_bias.dtype)
+        return mm_fp32(small_CV, self.unembed_VD) if self.wants_hidden else None
 
 
 def make_head(
     unembed_VD: torch.Tensor,
     bias_V: torch.Tensor | None,
-    terms: Terms,
-    vocabulary: Slice,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     *,
     wants_hidden: bool,
     wants_unembed: bool,
@@ -80,8 +77,8 @@ def make_head(
     return Head(
         unembed_VD=unembed_VD,
         bias_V=None if bias_V is None else bias_V.to(wide),
-        terms=terms,
-        vocabulary=vocabulary,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
         wants_hidden=wants_hidden,
         wants_stats=wants_stats,
         grad_unembed=torch.empty_like(unembed_VD, dtype=wide) if wants_unembed else None,

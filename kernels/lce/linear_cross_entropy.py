@@ -1,30 +1,24 @@
 """Output head and cross-entropy in one operation, without ever holding the [T, V] logits.
 
     z[t, v] = softcap(scale * (hidden[t] . unembed[v] + bias[v]))          softcap(x) = cap * tanh(x / cap)
-    nll[t]  = logsumexp_v z[t, v] - z[t, labels[t]]
-    loss[t] = weights[t] * (nll[t] + label_smoothing * (z[t, labels[t]] - mean_v z[t, v])
-                            + z_loss * (logsumexp_v z[t, v])^2)
+    loss[t] = weights[t] * (logsumexp_v z[t, v] - z[t, labels[t]])
 
 Rows without a label are dropped before the first product. The rest goes in chunks through one of three back ends, all
-with the formulas of rows.py: `torch` (torch_backend.py), `chunked` (chunked.py: cuBLAS and one Triton kernel a row)
-and `anchored` (anchored.py: a Triton product that stores exp(logit - label's logit)). Gradients are computed in the
-forward, where the logits are; only reduction="none" with a trainable head computes them again in the backward, because
-the weight of each row in the head's gradient is not known before.
+with the formulas of torch_backend.py: `torch`, `chunked` (cuBLAS, and one Triton kernel a row) and `anchored` (a Triton
+product that stores exp(logit - label's logit)). Gradients are computed in the forward, where the logits are; only
+reduction="none" with a trainable head computes them again in the backward, because the weight of each row in the head's
+gradient is not known before.
 """
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
 
 from tunesmith.kernels.device import DEBUG, on_its_device, without_autocast
-from tunesmith.kernels.lce.checks import check_labels, check_rows, check_slice, check_tensors, check_terms
+from tunesmith.kernels.lce.checks import IGNORE_INDEX, check_labels, check_options, check_rows, check_tensors
 from tunesmith.kernels.lce.head import make_head
 from tunesmith.kernels.lce.over_chunks import over_chunks
-from tunesmith.kernels.lce.rows import Slice, Terms
-
-IGNORE_INDEX = -100
 
 
 class TokenStats(NamedTuple):
@@ -39,13 +33,12 @@ class TokenStats(NamedTuple):
 class _Call:
     """What one call computes with, besides tensors."""
 
-    terms: Terms
-    vocabulary: Slice
+    logit_scale: float
+    logit_softcap: float | None
     reduction: str
     wants_stats: bool
     wants_gradient: bool  # autograd tells a forward what needs a gradient, but not that it is under no_grad
     backend: str
-    max_slab_bytes: int | None
 
 
 def linear_cross_entropy(
@@ -56,19 +49,11 @@ def linear_cross_entropy(
     bias_V: torch.Tensor | None = None,
     weights_T: torch.Tensor | None = None,
     rows_N: torch.Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     reduction: str = "sum",
     return_stats: bool = False,
-    group: torch.distributed.ProcessGroup | None = None,
-    vocab_start: int | None = None,
-    vocab_size: int | None = None,
     backend: str = "auto",
-    max_slab_bytes: int | None = None,
-    check: bool = False,
 ) -> Any:
     """The loss of each token, or their sum, by the formulas at the head of this file.
 
@@ -76,56 +61,37 @@ def linear_cross_entropy(
         hidden_TD: last hidden states, [T, D], float32, bfloat16 or float16 (float64 with backend torch). It and
             all others but rows_N contiguous.
         unembed_VD: output embedding, [V, D], dtype of hidden_TD.
-        labels_T: token ids of the whole vocabulary, or ignore_index, [T], int64.
+        labels_T: token ids, or IGNORE_INDEX, [T], int64. Where they are on a GPU, nothing looks for one out of range,
+            which would wait for it, unless TUNESMITH_DEBUG=1 is in the environment.
         bias_V: of the head, [V], dtype of hidden_TD.
         weights_T: of each token in the loss, [T], float32; no gradient goes to it.
         rows_N: the rows whose label counts, [N], int64, in any order, each once. Given (a collator knows them), no
-            GPU is waited for; left out, they are found by ignore_index.
+            GPU is waited for; left out, they are found by IGNORE_INDEX.
         reduction: "sum" -> one number, "none" -> [T]. Never a mean: what a sum is divided by spans batches and ranks.
         return_stats: also return TokenStats.
-        group: ranks that each hold a slice of the vocabulary, with the same hidden_TD, labels_T and weights_T. Every
-            rank gets the whole loss and the whole gradient of hidden_TD.
-        vocab_start, vocab_size: which tokens unembed_VD holds, of how many; left out, every rank's slice is as long as
-            this one's.
         backend: auto (triton on a GPU, else torch), triton (the faster of the two), anchored, chunked or torch. What a
             Triton back end does not cover falls back, and says so once where it was asked for by name.
-        max_slab_bytes: most that the logits of one chunk may take; None: what is best for the device.
-        check: look for labels out of range on a GPU too, which waits for it; on the CPU they always are. So does
-            TUNESMITH_DEBUG=1 in the environment for every call.
 
     Returns: loss in nats, [] or [T], float32 (float64 for float64), 0 where ignored; or with return_stats
         (loss, TokenStats).
     Raises: ValueError when the arguments do not go together; RuntimeError when differentiated twice.
     Source: the chunking is Hsu et al., 2024, arXiv:2410.10989; docs/kernels.md derives the rest.
     """
-    terms = Terms(label_smoothing, z_loss, logit_softcap, logit_scale)
-    check_terms(terms, reduction)
+    check_options(logit_scale, logit_softcap, reduction)
     check_tensors(hidden_TD, unembed_VD, labels_T, bias_V, weights_T, rows_N)
-    vocabulary = _slice(len(unembed_VD), group, vocab_start, vocab_size)
-    check_slice(vocabulary, len(unembed_VD))
-    is_checked = check or DEBUG or labels_T.device.type == "cpu"
+    is_checked = DEBUG or labels_T.device.type == "cpu"
     if rows_N is None:
-        kept = labels_T != ignore_index
+        kept = labels_T != IGNORE_INDEX
         rows_N = None if labels_T.device.type == "cpu" and bool(kept.all()) else kept.nonzero()[:, 0]
     elif is_checked:
         check_rows(rows_N, len(labels_T))
     labels_N = labels_T if rows_N is None else labels_T[rows_N]
     if is_checked:
-        check_labels(labels_N, vocabulary, ignore_index)
-    call = _Call(terms, vocabulary, reduction, return_stats, torch.is_grad_enabled(), backend, max_slab_bytes)
+        check_labels(labels_N, len(unembed_VD))
+    call = _Call(logit_scale, logit_softcap, reduction, return_stats, torch.is_grad_enabled(), backend)
     with without_autocast(hidden_TD.device), on_its_device(hidden_TD.device):
         loss, *stats = _LinearCrossEntropy.apply(hidden_TD, unembed_VD, bias_V, labels_N, weights_T, rows_N, call)
     return (loss, TokenStats(*stats)) if return_stats else loss
-
-
-def _slice(
-    num_rows: int, group: torch.distributed.ProcessGroup | None, vocab_start: int | None, vocab_size: int | None
-) -> Slice:
-    if group is None:
-        return Slice(vocab_start or 0, num_rows if vocab_size is None else vocab_size)
-    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    start = rank * num_rows if vocab_start is None else vocab_start
-    return Slice(start, ranks * num_rows if vocab_size is None else vocab_size, group)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -149,23 +115,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = make_head(
             unembed_VD,
             bias_V,
-            call.terms,
-            call.vocabulary,
+            call.logit_scale,
+            call.logit_softcap,
             wants_hidden=wants_hidden and not ctx.again,
             wants_unembed=wants_unembed and not ctx.again,
             wants_bias=wants_bias and not ctx.again,
             wants_stats=call.wants_stats,
         )
-        found = over_chunks(head, hidden_ND, labels_N, weights_N, call.backend, call.max_slab_bytes)
+        rows, unit = over_chunks(head, hidden_ND, labels_N, weights_N, call.backend)
         ctx.call, ctx.num_tokens = call, len(hidden_TD)
         ctx.dtypes = hidden_TD.dtype, unembed_VD.dtype, None if bias_V is None else bias_V.dtype
         kept = (hidden_TD, unembed_VD, bias_V, labels_N, weights_T) if ctx.again else (None,) * 5
-        ctx.save_for_backward(rows_N, found.unit, found.grad_hidden, head.grad_unembed, head.grad_bias, *kept)
-        loss_N = found.loss * weights_N
+        ctx.save_for_backward(rows_N, unit, rows.grad_hidden, head.grad_unembed, head.grad_bias, *kept)
+        loss_N = rows.nll * weights_N
         loss = loss_N.sum() if call.reduction == "sum" else _spread(loss_N, rows_N, ctx.num_tokens)
         if not call.wants_stats:
             return (loss,)
-        stats = [_spread(s, rows_N, ctx.num_tokens) for s in (found.logprob, found.entropy, found.correct)]
+        stats = [_spread(s, rows_N, ctx.num_tokens) for s in (-rows.nll, rows.entropy, rows.correct)]
         ctx.mark_non_differentiable(*stats)
         return (loss, *stats)
 
@@ -208,19 +174,18 @@ def _again(
     head = make_head(
         unembed_VD,
         bias_V,
-        ctx.call.terms,
-        ctx.call.vocabulary,
+        ctx.call.logit_scale,
+        ctx.call.logit_softcap,
         wants_hidden=wants_hidden,
         wants_unembed=wants_unembed,
         wants_bias=wants_bias,
         wants_stats=False,
     )
     coefficient_N = _weights(weights_T, rows_N, hidden_ND) * grad_N
-    found = over_chunks(head, hidden_ND, labels_N, coefficient_N, ctx.call.backend, ctx.call.max_slab_bytes)
+    rows, unit = over_chunks(head, hidden_ND, labels_N, coefficient_N, ctx.call.backend)
     hidden_dtype, unembed_dtype, bias_dtype = ctx.dtypes
-    unit = found.unit
     return (
-        _scaled(found.grad_hidden, unit, hidden_dtype, rows_N, ctx.num_tokens),
+        _scaled(rows.grad_hidden, unit, hidden_dtype, rows_N, ctx.num_tokens),
         _scaled(head.grad_unembed, unit, unembed_dtype),
         _scaled(head.grad_bias, unit, bias_dtype),
     )

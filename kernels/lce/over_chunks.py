@@ -1,26 +1,42 @@
 """A back end of linear_cross_entropy over all rows, chunk by chunk. N kept rows, D hidden."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
-from tunesmith.kernels.lce.backends import plan_for
-from tunesmith.kernels.lce.head import Head
-from tunesmith.kernels.lce.rows import Rows
+from tunesmith.kernels.lce.backends import choose_backend
+from tunesmith.kernels.lce.head import Head, Rows
 
 
-@dataclass
-class Found:
-    """What all chunks came to, [N] each, and [N, D] in the dtype of the hidden states."""
+def over_chunks(
+    head: Head, hidden_ND: torch.Tensor, labels_N: torch.Tensor, coefficient_N: torch.Tensor, backend: str
+) -> tuple[Rows, torch.Tensor | None]:
+    """All rows, with grad_hidden in the dtype of hidden_ND; and the number, [], that gradients are in units of, or None
+    for 1. The head's gradients add up in the head.
+    """
+    chosen = choose_backend(backend, head, hidden_ND)
+    if chosen.name == "torch" and hidden_ND.device.type == "cpu":
+        head.widen()
+    unit = _unit(coefficient_N, hidden_ND.dtype) if head.wants_gradient else None
+    coefficient_N = coefficient_N if unit is None else coefficient_N / unit
+    grad_hidden = torch.empty_like(hidden_ND) if head.wants_hidden else None
+    done: list[Rows] = []
+    for start in range(0, len(hidden_ND), chosen.rows):
+        part = slice(start, start + chosen.rows)
+        rows = chosen.chunk(head, hidden_ND[part], labels_N[part], coefficient_N[part])
+        if grad_hidden is not None and rows.grad_hidden is not None:
+            grad_hidden[part] = rows.grad_hidden
+            rows.grad_hidden = None
+        head.is_first = False
+        done.append(rows)
+    if head.is_first and head.grad_unembed is not None:
+        head.grad_unembed.zero_()  # there was no row at all
 
-    loss: torch.Tensor
-    logprob: torch.Tensor | None
-    entropy: torch.Tensor | None
-    correct: torch.Tensor | None
-    grad_hidden: torch.Tensor | None
-    unit: torch.Tensor | None  # [], what this and the head's gradients are in units of; None: 1
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([coefficient_N.new_empty(0), *(getattr(rows, name) for rows in done)])
+
+    whole = Rows(joined("nll"), grad_hidden=grad_hidden)
+    if head.wants_stats:
+        whole.entropy, whole.correct = joined("entropy"), joined("correct").bool()
+    return whole, unit
 
 
 def _unit(coefficient_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -31,44 +47,3 @@ def _unit(coefficient_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Non
         return None
     largest = coefficient_N.abs().amax()
     return torch.where(largest > 0, largest, 1)
-
-
-def over_chunks(
-    head: Head,
-    hidden_ND: torch.Tensor,
-    labels_N: torch.Tensor,
-    coefficient_N: torch.Tensor,
-    backend: str,
-    max_slab_bytes: int | None,
-) -> Found:
-    """Runs the back end over all rows; the head's gradients add up in the head."""
-    plan = plan_for(backend, head, hidden_ND, max_slab_bytes)
-    if plan.backend == "torch" and hidden_ND.device.type == "cpu":
-        head.widen()
-    unit = _unit(coefficient_N, hidden_ND.dtype) if head.wants_gradient else None
-    coefficient_N = coefficient_N if unit is None else coefficient_N / unit
-    grad_hidden = torch.empty_like(hidden_ND) if head.wants_hidden else None
-    done: list[Rows] = []
-    for start in range(0, len(hidden_ND), plan.rows):
-        part = slice(start, start + plan.rows)
-        rows = plan.chunk(head, hidden_ND[part], labels_N[part], coefficient_N[part])
-        if grad_hidden is not None and rows.grad_hidden is not None:
-            grad_hidden[part] = rows.grad_hidden
-            rows.grad_hidden = None
-        head.is_first = False
-        done.append(rows)
-    head.finish()
-    joined = _joined(done, coefficient_N)
-    return Found(
-        loss=joined(lambda rows: rows.loss),
-        logprob=-joined(lambda rows: rows.nll) if head.wants_stats else None,
-        entropy=joined(lambda rows: rows.entropy) if head.wants_stats else None,
-        correct=joined(lambda rows: rows.correct).bool() if head.wants_stats else None,
-        grad_hidden=grad_hidden,
-        unit=unit,
-    )
-
-
-def _joined(done: list[Rows], like_N: torch.Tensor) -> Callable[[Callable[[Rows], Any]], torch.Tensor]:
-    """joined(part) is that part of all chunks, [N]."""
-    return lambda part: torch.cat([part(rows) for rows in done]) if done else like_N.new_empty(0)

@@ -1,4 +1,4 @@
-"""The formulas of rows.py inside Triton kernels. Everything is float32; see there for the derivation."""
+"""The formulas of torch_backend.py inside Triton kernels. Everything is float32; see there for the derivation."""
 
 import triton
 import triton.language as tl
@@ -41,13 +41,3 @@ def entropy_of(nll, p, q, others_entropy):
     small = tl.minimum(p, 0.5)
     others_nll = tl.where(p < 0.5, log1p(small / (1 - small)), -tl.log(tl.where(q > 0, q, 1.0)))
     return p * nll + q * (others_nll + others_entropy)
-
-
-@triton.jit
-def row_terms(label, nll, p, q, mean, coefficient, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):
-    """loss, others_factor and label_factor of rows; mean: of all logits of the row."""
-    lse = label + nll
-    loss = nll + SMOOTHING * (label - mean) + Z_LOSS * lse * lse
-    factor = 1 + 2 * Z_LOSS * lse
-    label_factor = -q + 2 * Z_LOSS * lse * p + SMOOTHING
-    return loss, coefficient * factor * q, coefficient * label_factor

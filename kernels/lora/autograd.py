@@ -15,7 +15,7 @@ from tunesmith.kernels.philox import Dropout
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoraCall:
     """What a call computes, besides its tensors."""
 
     back_end: ModuleType
@@ -46,20 +46,20 @@ def _refuse_second_derivative() -> None:
 
 
 class LoraLinear(torch.autograd.Function):
-    """apply(plan, x, *weights, *lora_as, *lora_bs, *biases) -> outputs."""
+    """apply(call, x, *weights, *lora_as, *lora_bs, *biases) -> outputs."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        count = len(plan.scales)
+    def forward(ctx: Any, call: LoraCall, x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        count = len(call.scales)
         weights, lora_as, lora_bs, biases = (tensors[i * count : (i + 1) * count] for i in range(4))
         x_NK = x.view(-1, x.shape[-1])
-        a_RK, starts = _stacked(lora_as, plan.back_end.RANK_STEP)  # type: ignore[arg-type]
+        a_RK, starts = _stacked(lora_as, call.back_end.RANK_STEP)  # type: ignore[arg-type]
         outputs = []
         with on_its_device(x.device):
-            u_NR = plan.back_end.down(x_NK, a_RK, plan.drop)
-            for i, scale in enumerate(plan.scales):
-                y_NO = plan.back_end.up(u_NR[:, starts[i] :], lora_bs[i], scale, biases[i])
-                y_NO.addmm_(x_NK, plan.weight(weights[i]).t())  # type: ignore[arg-type]
+            u_NR = call.back_end.down(x_NK, a_RK, call.drop)
+            for i, scale in enumerate(call.scales):
+                y_NO = call.back_end.up(u_NR[:, starts[i] :], lora_bs[i], scale, biases[i])
+                y_NO.addmm_(x_NK, call.weight(weights[i]).t())  # type: ignore[arg-type]
                 # No view to autograd: what is a view of something made in here cannot be changed in place.
                 outputs.append(torch.ops.aten._unsafe_view(y_NO, [*x.shape[:-1], y_NO.shape[1]]))
         wants_x, wants = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
@@ -71,7 +71,7 @@ class LoraLinear(torch.autograd.Function):
             *lora_as,
             *lora_bs,
         )
-        ctx.plan, ctx.starts, ctx.shape, ctx.device = plan, starts, x.shape, x.device
+        ctx.call, ctx.starts, ctx.shape, ctx.device = call, starts, x.shape, x.device
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -86,7 +86,7 @@ class _Backward:
     """One backward pass of a group. Members whose output nobody used have no gradient and cost nothing."""
 
     def __init__(self, ctx: Any, gradients: tuple[torch.Tensor | None, ...]) -> None:
-        self.plan, self.starts, self.shape = ctx.plan, ctx.starts, ctx.shape
+        self.call, self.starts, self.shape = ctx.call, ctx.starts, ctx.shape
         self.count = count = len(gradients)
         x, self.u_NR, *rest = ctx.saved_tensors
         self.x_NK = None if x is None else x.view(-1, x.shape[-1])
@@ -108,10 +108,10 @@ class _Backward:
             if dy_NO is None:
                 continue
             if dx_NK is not None:
-                dx_NK.addmm_(dy_NO, self.plan.weight(self.weights[i]))
+                dx_NK.addmm_(dy_NO, self.call.weight(self.weights[i]))
             if wants_weights[i]:
                 assert self.x_NK is not None
-                dws[i] = self.x_NK.t() @ dy_NO if self.plan.transposed else dy_NO.t() @ self.x_NK
+                dws[i] = self.x_NK.t() @ dy_NO if self.call.transposed else dy_NO.t() @ self.x_NK
             if wants_biases[i]:
                 dbiases[i] = dy_NO.sum(0)
         return None if dx_NK is None else dx_NK.view(self.shape), *dws, *das, *dbs, *dbiases
@@ -131,11 +131,11 @@ class _Backward:
                 continue
             if du_NR is None and not self.wants[2][i]:
                 continue
-            dbs[i] = self.plan.back_end.grad_up(
+            dbs[i] = self.call.back_end.grad_up(
                 dy_NO,
                 None if self.u_NR is None else self.u_NR[:, start:end],
                 self.lora_bs[i],
-                self.plan.scales[i],
+                self.call.scales[i],
                 None if du_NR is None else du_NR[:, start:end],
                 wants_b=self.wants[2][i],
             )
@@ -143,9 +143,9 @@ class _Backward:
 
     def _down(self, du_NR: torch.Tensor) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
         """dA of each member and the adapters' part of dx: one read of x for all."""
-        a_RK, _ = _stacked(self.lora_as, self.plan.back_end.RANK_STEP)
+        a_RK, _ = _stacked(self.lora_as, self.call.back_end.RANK_STEP)
         x_NK = self.x_NK if any(self.wants[1]) else None
-        da_RK, dx_NK = self.plan.back_end.grad_down(x_NK, du_NR, a_RK, self.plan.drop, wants_x=self.wants_x)
+        da_RK, dx_NK = self.call.back_end.grad_down(x_NK, du_NR, a_RK, self.call.drop, wants_x=self.wants_x)
         das: list[torch.Tensor | None] = [None] * self.count
         for i, lora_a in enumerate(self.lora_as):
             if self.wants[1][i] and self.dys[i] is not None:

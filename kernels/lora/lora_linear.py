@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 from tunesmith.kernels.device import mm_fp32, why_not_triton, without_autocast
 from tunesmith.kernels.lora import torch_backend
-from tunesmith.kernels.lora.autograd import Drop, LoraLinear, Plan
+from tunesmith.kernels.lora.autograd import Drop, LoraCall, LoraLinear
 from tunesmith.kernels.lora.checks import check, check_like
-from tunesmith.kernels.philox import Dropout, dropout
+from tunesmith.kernels.philox import dropout
 
 Backend = Literal["auto", "triton", "torch"]
 Tensors = Sequence[torch.Tensor]
@@ -38,10 +38,7 @@ def lora_linear(
     bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
-    training: bool = True,
     transposed: bool = False,
-    layer: int = 0,
-    first_row: int = 0,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """x W^T + scaling * drop(x) A^T B^T + bias; differentiable once in every tensor.
@@ -52,8 +49,7 @@ def lora_linear(
         lora_a: [r, K], contiguous. lora_b: [O, r], contiguous. All tensors have the dtype and device of x.
         scaling: alpha / r for LoRA, alpha / sqrt(r) for rsLoRA.
         dropout_p: probability of dropping an element of x on the adapter's side, in steps of 1/65536 (philox.py).
-        seed, layer, first_row: what the mask is drawn from; needed, and the same, whenever the forward is recomputed.
-        training: without it nothing is dropped.
+        seed: what the mask is drawn from; needed with dropout, and the same whenever the forward is recomputed.
     Returns: [..., O], dtype of x.
     Raises: ValueError when shapes, dtypes, devices or options do not fit.
     """
@@ -66,10 +62,7 @@ def lora_linear(
         biases=[bias],
         dropout_p=dropout_p,
         seed=seed,
-        training=training,
         transposed=transposed,
-        layer=layer,
-        first_row=first_row,
         backend=backend,
     )[0]
 
@@ -84,10 +77,7 @@ def lora_linear_group(
     biases: Sequence[torch.Tensor | None] | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
-    training: bool = True,
     transposed: bool = False,
-    layer: int = 0,
-    first_row: int = 0,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, ...]:
     """lora_linear for several layers with one input, such as q, k and v. Out features and ranks may differ.
@@ -96,11 +86,11 @@ def lora_linear_group(
     """
     biases = [None] * len(weights) if biases is None else biases
     check(x, weights, lora_as, lora_bs, scalings, biases, transposed)
-    drop = _dropout(dropout_p, seed, training, layer, first_row)
+    drop = dropout(dropout_p, seed)
     scale = drop.keep_scale if drop else 1.0
-    plan = Plan(_back_end(backend, x), tuple(scale * s for s in scalings), transposed, drop)
+    call = LoraCall(_back_end(backend, x), tuple(scale * s for s in scalings), transposed, drop)
     with without_autocast(x.device):
-        return LoraLinear.apply(plan, x, *weights, *lora_as, *lora_bs, *biases)
+        return LoraLinear.apply(call, x, *weights, *lora_as, *lora_bs, *biases)
 
 
 def dora_linear(
@@ -114,10 +104,7 @@ def dora_linear(
     bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
-    training: bool = True,
     transposed: bool = False,
-    layer: int = 0,
-    first_row: int = 0,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """DoRA as PEFT computes it: with g = magnitude / norm of the rows of W + scaling * B A, the norm a constant,
@@ -130,7 +117,7 @@ def dora_linear(
     check_like(x, "magnitude", magnitude)
     if magnitude.shape != lora_b.shape[:1]:
         raise ValueError(f"magnitude has shape {list(magnitude.shape)}, not [{lora_b.shape[0]}], the out features.")
-    drop = _dropout(dropout_p, seed, training, layer, first_row)
+    drop = dropout(dropout_p, seed)
     weight_OK = weight.t() if transposed else weight
     with without_autocast(x.device):
         # In float32 at least: near 1, 16 bits are coarse.
@@ -158,11 +145,6 @@ def dora_norm(weight_OK: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tenso
     b_OR = lora_b.to(wide)
     cross_OR = 2 * scaling * mm_fp32(weight_OK, lora_a.t()) + scaling**2 * (b_OR @ mm_fp32(lora_a, lora_a.t()))
     return (squares_O + (b_OR * cross_OR).sum(1)).clamp_min(0).sqrt()
-
-
-def _dropout(p: float, seed: int | None, training: bool, layer: int, first_row: int) -> Dropout | None:
-    found = dropout(p, seed if training else 0, layer=layer, first_row=first_row)  # p is checked without training too
-    return found if training else None
 
 
 def _back_end(backend: Backend, x: torch.Tensor) -> ModuleType:

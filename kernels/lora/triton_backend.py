@@ -126,17 +126,11 @@ def _ordered_sum(parts: torch.Tensor, out: torch.Tensor, scale: float) -> None:
     )
 
 
-def _draws(dropout: Dropout | None) -> tuple[int, int, int, int, int]:
+def _draws(dropout: Dropout | None) -> tuple[int, int, int]:
     """Arguments of the mask, as int32: a seed's size must not change the type a kernel is compiled for."""
     if dropout is None:
-        return 0, 0, 0, 0, 0
-    return (
-        dropout.threshold,
-        _int32(dropout.seed),
-        _int32(dropout.seed >> 32),
-        dropout.first_row,
-        _int32(dropout.layer),
-    )
+        return 0, 0, 0
+    return dropout.threshold, _int32(dropout.seed), _int32(dropout.seed >> 32)
 
 
 def _int32(bits: int) -> int:

@@ -17,18 +17,16 @@ import triton
 import triton.language as tl
 
 SEVEN: tl.constexpr = tl.constexpr(7)  # philox.ROUNDS
-UNTYPED = ["threshold", "seed_low", "seed_high", "first_row", "layer"]  # a value must not compile a kernel anew
+UNTYPED = ["threshold", "seed_low", "seed_high"]  # a value must not compile a kernel anew
 
 
 @triton.jit
-def _kept(rows, columns_by_8, threshold, seed_low, seed_high, first_row, layer):
+def _kept(rows, columns_by_8, threshold, seed_low, seed_high):
     """Dropout's mask of a tile, [BLOCK_N, 8 * groups], as in philox.py."""
     seed = (seed_high.to(tl.uint32).to(tl.uint64) << 32) | seed_low.to(tl.uint32).to(tl.uint64)
-    row = (rows.to(tl.int64) + first_row)[:, None]
-    group = columns_by_8[None, :].to(tl.uint32)
-    low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
-    zero = (group + low) * 0
-    w0, w1, w2, w3 = tl.philox(seed, group + zero, low + zero, high + zero, layer.to(tl.uint32) + zero, SEVEN)
+    row, group = rows.to(tl.uint32)[:, None], columns_by_8[None, :].to(tl.uint32)
+    zero = (group + row) * 0
+    w0, w1, w2, w3 = tl.philox(seed, group + zero, row + zero, zero, zero, SEVEN)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., 2, 2]: word 2 * i + j is at [i, j]
     draws = tl.join(words & 0xFFFF, words >> 16)
     draws = tl.reshape(draws, (rows.shape[0], columns_by_8.shape[0] * 8))
@@ -37,7 +35,7 @@ def _kept(rows, columns_by_8, threshold, seed_low, seed_high, first_row, layer):
 
 @triton.jit(do_not_specialize=UNTYPED)
 def down(
-    x_NK, a_RK, u_NR, N, K, R, threshold, seed_low, seed_high, first_row, layer,
+    x_NK, a_RK, u_NR, N, K, R, threshold, seed_low, seed_high,
     DROP: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # first: programs that read the same x run together
@@ -54,7 +52,7 @@ def down(
             a = a.to(tl.float32)
         if DROP:
             groups = start // 8 + tl.arange(0, BLOCK_K // 8)
-            kept = _kept(rows, groups, threshold, seed_low, seed_high, first_row, layer)
+            kept = _kept(rows, groups, threshold, seed_low, seed_high)
             x = tl.where(kept, x, 0.0)
         u = tl.dot(x, tl.trans(a), u, input_precision="ieee")
     inside = (rows[:, None] < N) & (ranks[None, :] < R)
@@ -133,7 +131,7 @@ def grad_up(
 
 @triton.jit(do_not_specialize=UNTYPED)
 def grad_down(
-    x_NK, du_NR, a_RK, dx_NK, da_parts, N, K, R, first_rank, chunk, threshold, seed_low, seed_high, first_row, layer,
+    x_NK, du_NR, a_RK, dx_NK, da_parts, N, K, R, first_rank, chunk, threshold, seed_low, seed_high,
     DROP: tl.constexpr, DA: tl.constexpr, DX: tl.constexpr, ADD: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +160,7 @@ def grad_down(
             du = du.to(tl.float32)
         if DROP:
             groups = tl.program_id(0) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-            kept = _kept(rows, groups, threshold, seed_low, seed_high, first_row, layer)
+            kept = _kept(rows, groups, threshold, seed_low, seed_high)
         if DA:
             x = tl.load(x_NK + row_starts * K + columns[None, :], mask=inside, other=0.0)
             if WIDEN:
@@ -184,14 +182,14 @@ def grad_down(
 
 @triton.jit(do_not_specialize=UNTYPED)
 def drop(
-    x_NK, out_NK, N, K, scale, threshold, seed_low, seed_high, first_row, layer,
+    x_NK, out_NK, N, K, scale, threshold, seed_low, seed_high,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = scale * x where the mask keeps an element, else 0."""
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     groups = tl.program_id(0) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-    kept = _kept(rows, groups, threshold, seed_low, seed_high, first_row, layer)
+    kept = _kept(rows, groups, threshold, seed_low, seed_high)
     places = rows.to(tl.int64)[:, None] * K + columns[None, :]
     inside = (rows[:, None] < N) & (columns[None, :] < K)
     x = tl.load(x_NK + places, mask=inside, other=0.0).to(tl.float32)

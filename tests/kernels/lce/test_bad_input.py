@@ -50,14 +50,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "row twice": ({"rows_N": torch.tensor([1, 1])}, "rows_N names a row twice"),
     "too many rows": ({"rows_N": torch.arange(5)}, r"rows_N must be at most 4 row numbers, \[N\], not \(5,\)"),
     "reduction": ({"reduction": "mean"}, "reduction must be 'sum' or 'none', not 'mean': divide a sum"),
-    "smoothing": ({"label_smoothing": 1.0}, "label_smoothing must be from 0 to below 1, not 1.0"),
-    "z_loss": ({"z_loss": -0.1}, "z_loss must be 0 or more, not -0.1"),
     "softcap": ({"logit_softcap": 0.0}, "logit_softcap must be above 0, or None, not 0.0"),
     "scale": ({"logit_scale": float("nan")}, "logit_scale must be a finite number other than 0, not nan"),
     "backend": ({"backend": "cuda"}, "backend must be one of auto, triton, anchored, chunked, torch, not 'cuda'"),
-    "slab": ({"max_slab_bytes": 0}, "max_slab_bytes must be 1 or more, not 0"),
-    "slice without a group": ({"vocab_size": 20}, "unembed_VD holds 9 of vocab_size=20 tokens: name the group"),
-    "slice beyond": ({"vocab_start": 5, "vocab_size": 9}, "9 tokens from vocab_start=5, beyond vocab_size=9"),
 }
 
 
