@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,12 +12,32 @@ from tunesmith.train.ranks.stop import end, end_stopped, rank_in_environment, re
 from tunesmith.train.redact import print_traceback, redact_text, redact_uncaught
 
 EXIT_INTERRUPTED = 130  # Ctrl-C in a script that has nothing to save
-OTHERS_WAIT_SECONDS = 15.0  # for rank 0 to have said it first
+OTHERS_WAIT_SECONDS = 15.0  # for rank 0 to print it first
 
 
 def without_local_rank(arguments: list[str]) -> list[str]:
     """DeepSpeed's launcher appends --local_rank=N, which is in LOCAL_RANK too."""
     return [argument for argument in arguments if not re.fullmatch(r"--local[_-]rank(=\d+)?", argument)]
+
+
+def show_help(arguments: Sequence[str], text: str | None) -> bool:
+    """Whether --help is among the arguments; prints the text then."""
+    is_asked = bool({"-h", "--help"} & set(arguments))
+    if is_asked:
+        sys.stdout.write(text or "")
+    return is_asked
+
+
+def run_argument(arguments: list[str], usage: str) -> str:
+    """The one run folder that a command names, its options aside. Raises ConfigError."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ConfigError("give one run folder.", at="command line", do=usage)
+    return arguments[0]
+
+
+def sets(override: str, key: str) -> bool:
+    """Whether an override gives a value to a setting, or chooses the option of a group."""
+    return override.startswith((f"{key}=", f"+{key}=", f"++{key}="))
 
 
 def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -38,9 +58,8 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
 
 
 def key_values(arguments: list[str], known: dict[str, str], usage: str) -> dict[str, str]:
-    """key=value arguments over the known defaults; an empty default must be given. --help prints usage and ends."""
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(usage)
+    """key=value arguments over the known defaults. --help prints usage and ends. Raises ConfigError."""
+    if show_help(arguments, usage):
         sys.exit(0)
     values = dict(known)
     for argument in arguments:
@@ -75,7 +94,7 @@ def run_dir_of(text: str) -> Path:
 def main(body: Callable[[list[str]], object]) -> NoReturn:
     """Runs a script's body: a user's mistake is printed as one message, and every way out has its exit code.
 
-    Where several ranks meet the same mistake, rank 0 says it and the others give the launcher time to end them.
+    Where several ranks meet the same mistake, rank 0 prints it and the others give the launcher time to end them.
     """
     redact_uncaught()
     try:
@@ -94,7 +113,7 @@ def main(body: Callable[[list[str]], object]) -> NoReturn:
         sys.stderr.write("interrupted\n")
         sys.stderr.flush()
         end(EXIT_INTERRUPTED)
-    except Exception as error:  # said here: W&B puts a hook before ours that would quote it with the secrets in it
+    except Exception as error:  # here, as W&B puts a hook before ours that would print the secrets in it
         print_traceback(error)
         report_end(1)
         sys.exit(1)

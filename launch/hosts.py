@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.launch import start_file
-from tunesmith.launch.arguments import main, take_option
+from tunesmith.launch.arguments import main, sets, show_help, take_option
 from tunesmith.launch.environment import chosen, without_secrets
 from tunesmith.launch.host_run import HostRun, look_at_hosts
 from tunesmith.launch.hostfile import Host, read_hostfile
@@ -32,13 +32,13 @@ from tunesmith.train.errors import ConfigError
 from tunesmith.train.ranks.stop import end
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
-PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # what the shell on the other side leaves as it is
+PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # what the shell on the other machine leaves as it is
 OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
 DEEPSPEED_ENV = ".deepspeed_env"
 
 
 @dataclass(frozen=True)
-class Plan:
+class HostLaunch:
     """What is to be started."""
 
     hosts: list[Host]
@@ -52,32 +52,34 @@ class Plan:
 
 
 def hosts(arguments: list[str]) -> None:
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(__doc__ or "")
+    if show_help(arguments, __doc__):
         return
     dry_run = "--dry-run" in arguments
-    plan = make_plan([argument for argument in arguments if argument != "--dry-run"], os.environ)
+    launch = prepare([argument for argument in arguments if argument != "--dry-run"], os.environ)
     for program in ("deepspeed", "pdsh", "ssh"):
         _program(program)
     if dry_run:
-        path = plan.run_dir / f"{start_file.FOLDER}<random>" / start_file.FILE
-        sys.stdout.write(f"{shlex.join(command(plan, path))}\n  arguments in that file: {shlex.join(plan.arguments)}\n")
-        sys.stdout.write(f"  variables in that file: {' '.join(sorted(plan.env)) or 'none'}\n")
+        path = launch.run_dir / f"{start_file.FOLDER}<random>" / start_file.FILE
+        sys.stdout.write(
+            f"{shlex.join(command(launch, path))}\n"
+            f"  arguments in that file: {shlex.join(launch.arguments)}\n"
+            f"  variables in that file: {' '.join(sorted(launch.env)) or 'none'}\n"
+        )
         return
-    is_new = not plan.run_dir.exists()
-    path = start_file.write(plan.run_dir, plan.arguments, plan.env)
+    is_new = not launch.run_dir.exists()
+    path = start_file.write(launch.run_dir, launch.arguments, launch.env)
     try:
-        if plan.preflight:
-            look_at_hosts(plan.hosts, plan.hostfile, plan.run_dir, path.parent, plan.device)
-        code = HostRun(command(plan, path), environment(os.environ), plan.hosts, path).run()
+        if launch.preflight:
+            look_at_hosts(launch.hosts, launch.hostfile, launch.run_dir, path.parent, launch.device)
+        code = HostRun(command(launch, path), environment(os.environ), launch.hosts, path).run()
     finally:
         shutil.rmtree(path.parent, ignore_errors=True)
-        if is_new and plan.run_dir.is_dir() and not any(plan.run_dir.iterdir()):
-            plan.run_dir.rmdir()
+        if is_new and launch.run_dir.is_dir() and not any(launch.run_dir.iterdir()):
+            launch.run_dir.rmdir()
     end(code)
 
 
-def make_plan(arguments: list[str], env: Mapping[str, str]) -> Plan:
+def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
     """From the command line; raises ConfigError. Looks at files, not at machines."""
     from tunesmith.train.config.compose import compose_config
     from tunesmith.train.files import run_folder
@@ -88,7 +90,7 @@ def make_plan(arguments: list[str], env: Mapping[str, str]) -> Plan:
         raise ConfigError(f"{port} is no port.", at="--master-port", do="give a number from 1024 to 65535.")
     config_dir, overrides = take_option(rest, "--config-dir")
     own = None if config_dir is None else Path(config_dir).expanduser().absolute()
-    if not any(override.startswith("cluster=") for override in overrides):
+    if not any(sets(override, "cluster") for override in overrides):
         overrides = ["cluster=hostfile", *overrides]
     composed = compose_config(overrides, own)
     cluster = composed.config.cluster
@@ -113,9 +115,9 @@ def make_plan(arguments: list[str], env: Mapping[str, str]) -> Plan:
         variables = chosen(cluster.env, env)
     for name in OF_THE_LAUNCHER:
         variables.pop(name, None)
-    kept = [override for override in overrides if not re.match(r"\+{0,2}output_dir=", override)]
+    kept = [override for override in overrides if not sets(override, "output_dir")]
     sent = [*(["--config-dir", str(own)] if own else []), *kept, f"output_dir={run_dir}"]
-    return Plan(found, hostfile, run_dir, sent, variables, port, cluster.preflight, cluster.device)
+    return HostLaunch(found, hostfile, run_dir, sent, variables, port, cluster.preflight, cluster.device)
 
 
 def _not_plain(text: str, what: str) -> ConfigError:
@@ -126,19 +128,16 @@ def _not_plain(text: str, what: str) -> ConfigError:
     )
 
 
-def command(plan: Plan, start: Path) -> list[str]:
+def command(launch: HostLaunch, start: Path) -> list[str]:
     """What starts the ranks. --force_multi: deepspeed takes a single host for this one, whatever its name."""
-    return [
-        *(_program("deepspeed"), "--hostfile", str(plan.hostfile), "--force_multi", "--master_port", plan.master_port),
-        *(str(TRAIN), "--start", str(start)),
-    ]
+    options = ["--hostfile", str(launch.hostfile), "--force_multi", "--master_port", launch.master_port]
+    return [_program("deepspeed"), *options, str(TRAIN), "--start", str(start)]
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
-    """Of deepspeed itself, which puts some of its variables on the command lines of ssh and of a shell there.
+    """The environment of deepspeed itself, without the variables that it would put on command lines of ssh.
 
-    Those are taken away: the ranks have them from the start file. ~/.deepspeed_env, which would go the same way, is not
-    read.
+    The ranks get those from the start file. ~/.deepspeed_env, which would go the same way, is not read.
     """
     if any((folder / DEEPSPEED_ENV).is_file() for folder in (Path.home(), Path.cwd())):
         sys.stderr.write(f"hosts: {DEEPSPEED_ENV} is not read: cluster.env lists what the ranks get\n")

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tunesmith.launch.arguments import main, take_option
+from tunesmith.launch.arguments import main, show_help, take_option
 
 
 def slurm(arguments: list[str]) -> None:
@@ -26,9 +26,7 @@ def slurm(arguments: list[str]) -> None:
     verbs = _verbs() if arguments and arguments[0] in ("status", "logs", "cancel") else {}
     if verbs:
         verbs[arguments[0]](arguments[1:])
-    elif not arguments or {"-h", "--help"} & set(arguments):
-        sys.stdout.write(__doc__ or "")
-    else:
+    elif not show_help(arguments or ["--help"], __doc__):
         _submit(arguments)
 
 
@@ -41,21 +39,21 @@ def _verbs() -> dict[str, Callable[[list[str]], None]]:
 
 
 def _submit(arguments: list[str]) -> None:
-    from tunesmith.launch.cluster.submit import ask, make_plan, submit_plan
+    from tunesmith.launch.cluster.submit import ask_slurm, prepare, send
 
     config_dir, rest = take_option(arguments, "--config-dir")
     overrides = [argument for argument in rest if argument != "--dry-run"]
-    plan = make_plan(overrides, Path(config_dir) if config_dir else None, os.environ)
+    submission = prepare(overrides, Path(config_dir) if config_dir else None, os.environ)
     if "--dry-run" in rest:
-        sys.stdout.buffer.write(plan.script.encode(errors="surrogateescape"))
+        sys.stdout.buffer.write(submission.script.encode(errors="surrogateescape"))
         sys.stdout.flush()
-        sys.stderr.write(f"{ask(plan)}\n")
+        sys.stderr.write(f"{ask_slurm(submission)}\n")
         return
-    job_id = submit_plan(plan)
-    run = shlex.quote(str(plan.spec.run_dir))
+    job_id = send(submission)
+    run = shlex.quote(str(submission.spec.run_dir))
     sys.stdout.write(
-        f"job {job_id} is submitted: {plan.spec.nodes} node(s) x {plan.spec.ranks_per_node} rank(s)\n"
-        f"  run:    {plan.spec.run_dir}\n"
+        f"job {job_id} is submitted: {submission.spec.nodes} node(s) x {submission.spec.ranks_per_node} rank(s)\n"
+        f"  run:    {submission.spec.run_dir}\n"
         f"  status: python launch/slurm.py status {run}\n"
         f"  logs:   python launch/slurm.py logs -f {run}\n"
     )

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from tunesmith.launch.arguments import main, take_option
-from tunesmith.launch.attempt import Attempt
+from tunesmith.launch.training_process import TrainingProcess
 from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
 from tunesmith.train.ranks.fault_plan import RESTART
@@ -95,7 +95,7 @@ class Supervisor:
     def __init__(self, limits: Limits, command: Sequence[str]) -> None:
         self._limits = limits
         self._command, self._folder = with_output_dir(command)
-        self._attempt: Attempt | None = None
+        self._attempt: TrainingProcess | None = None
         self._asked: signal.Signals | None = None
 
     def run(self) -> int:
@@ -125,7 +125,7 @@ class Supervisor:
     def _try(self, restart: int) -> tuple[int, bool]:
         """Exit code of one attempt, and whether it died, so that another one may help."""
         goes_on = ["resume.source=auto"] if restart and newest_checkpoint(self._folder) else []
-        self._attempt = Attempt([*self._command, *goes_on], {RESTART: str(restart)})
+        self._attempt = TrainingProcess([*self._command, *goes_on], {RESTART: str(restart)})
         if self._asked:  # meanwhile
             self._attempt.pass_on(self._asked)
         ended = self._attempt.wait()

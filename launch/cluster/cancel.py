@@ -1,14 +1,15 @@
 """Cancels the SLURM job of a run.
 
     python launch/slurm.py cancel <run>          ends it now
-    python launch/slurm.py cancel --save <run>   its ranks save the step they are at first; the job ends by itself then
+    python launch/slurm.py cancel --save <run>   its ranks save first, then the job ends by itself
 
-Either way the job does not requeue itself. The same command that submitted it goes on from its newest checkpoint.
+Either way the job does not requeue itself. The command that submitted it resumes from its newest checkpoint.
 """
 
 import sys
 import time
 
+from tunesmith.launch.arguments import run_argument, show_help
 from tunesmith.launch.cluster.job_folder import JobFolder, run_folder_of, the_job
 from tunesmith.launch.cluster.queue import JobFacts, cancel_job, has_steps, job_facts, signal_steps
 from tunesmith.train.errors import ConfigError, TrainingError
@@ -18,13 +19,12 @@ USAGE = "write: python launch/slurm.py cancel [--save] <run>"
 
 def cancel(arguments: list[str]) -> None:
     """Raises ConfigError where there is nothing to cancel, TrainingError when SLURM does not answer."""
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(__doc__ or "")
+    if show_help(arguments, __doc__):
         return
     names = [argument for argument in arguments if argument != "--save"]
-    if len(names) != 1 or names[0].startswith("-"):
-        raise ConfigError("one run folder is to be given.", at="command line", do=USAGE)
-    job = the_job(run_folder_of(names[0]), "end it where it was started: Ctrl-C, or SIGTERM to its launcher.")
+    job = the_job(
+        run_folder_of(run_argument(names, USAGE)), "end it where it was started: Ctrl-C, or SIGTERM to its launcher."
+    )
     facts = job_facts(job.job_id)
     if facts is None or facts.is_over or (facts.state == "COMPLETING" and job.has_ended()):
         how = f" ({facts.state})" if facts else ""
@@ -45,7 +45,7 @@ def cancel(arguments: list[str]) -> None:
 
 
 def _cancel(job: JobFolder, facts: JobFacts, *, save: bool) -> str:
-    """Does it, and says what was done."""
+    """Cancels the job, and returns what was done, in words."""
     where = f"{facts.state} on {facts.nodes}" if facts.nodes else facts.state
     if save and facts.state == "RUNNING" and has_steps(job.job_id):
         signal_steps(job.job_id, "TERM")
@@ -56,9 +56,9 @@ def _cancel(job: JobFolder, facts: JobFacts, *, save: bool) -> str:
 
 
 def _forbid_restarts(job: JobFolder) -> None:
-    """First: ranks that are told to end do so with the code of those that want to be started again."""
+    """Before ranks are told to end: their exit code is that of ranks that want to be started again."""
     try:
-        job.stop_file.write_text(f"{time.time():.0f}\n", encoding="utf-8")  # that it is there is what counts
+        job.stop_file.write_text(f"{time.time():.0f}\n", encoding="utf-8")  # the file counts, not what is in it
     except OSError as error:
         raise TrainingError(
             f"the job could not be kept from restarting: {error.strerror}.",

@@ -18,8 +18,8 @@ def host_names(nodes: str) -> list[str]:
     return _scontrol("show", "hostnames", nodes).stdout.split()
 
 
-def ill_nodes(nodes: Sequence[str]) -> dict[str, str]:
-    """Those nodes that the controller does not hold to be well: node -> its state and why. Empty when it is silent."""
+def unhealthy_nodes(nodes: Sequence[str]) -> dict[str, str]:
+    """The nodes that the controller reports as unhealthy: node -> its state and why. Empty when it does not answer."""
     found = {}
     for node in nodes:
         fields = dict(FIELD.findall(_scontrol("show", "node", node).stdout))
@@ -30,9 +30,9 @@ def ill_nodes(nodes: Sequence[str]) -> dict[str, str]:
 
 
 def requeue(job_id: str, exclude: Sequence[str]) -> str:
-    """Puts this job back into the queue, not to run on some nodes; what SLURM says against it, or nothing.
+    """Puts this job back into the queue, without some nodes. Returns why SLURM refuses; empty when it does not.
 
-    The controller ends this job's processes with SIGTERM meanwhile: the second command must not hear it.
+    The controller sends SIGTERM to this job's processes at once: the second command must not get it.
     """
     done = _scontrol("requeue", job_id)
     if done.returncode:
@@ -43,13 +43,13 @@ def requeue(job_id: str, exclude: Sequence[str]) -> str:
     return ""
 
 
-def may_pass(problem: str) -> bool:
-    """Whether what SLURM said is that its controller is away."""
+def is_unreachable(problem: str) -> bool:
+    """Whether the problem is that SLURM's controller cannot be reached."""
     return bool(re.search(r"no answer|Unable to contact|timed out|Connection refused|Zero Bytes", problem))
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What it answers; a controller that is silent is an exit code too."""
+    """Its answer; a controller that does not answer counts as exit code 1."""
     try:
         return ask("scontrol", *arguments)
     except TrainingError as silent:

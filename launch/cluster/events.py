@@ -1,4 +1,4 @@
-"""What a job writes down of itself: <run>/job/events.jsonl, a line for each start, sick node and end."""
+"""What a job records about itself: <run>/job/events.jsonl, a line for each start, sick node and end."""
 
 import os
 import time
@@ -7,11 +7,11 @@ from typing import Any
 
 import orjson
 
-from tunesmith.launch.cluster.job_folder import tail_rows
+from tunesmith.launch.cluster.log_file import tail_rows
 from tunesmith.train.config.schema.cluster import NODE_LIST
 
 NAME = "events.jsonl"
-SICK_HOURS = 24.0  # that a node stays excluded: by then somebody has seen to it
+SICK_HOURS = 24.0  # that a node stays excluded; by then somebody has looked after it
 
 
 def append(folder: Path, restart: int, event: str, **values: Any) -> None:
@@ -43,7 +43,7 @@ def sick_nodes(folder: Path) -> dict[str, str]:
 
 
 def restarts_without_progress(rows: list[dict[str, Any]]) -> int:
-    """How many ends in a row, the last ones of a job, came without a newer checkpoint than the end before."""
+    """How many of a job's last ends, in a row, came without a newer checkpoint than the ends before."""
     steps = [row["step"] for row in rows if row["event"] == "ended" and isinstance(row.get("step"), int)]
     count = 0
     for number, step in enumerate(steps):

@@ -3,8 +3,8 @@
     python -m tunesmith.launch.cluster.job --run-dir <run> --nodes 2 ... -- <overrides of launch/train.py>
 
 The script that launch/slurm.py submits runs this and nothing else. It exits with 0 when the run has finished, 2 when it
-cannot be run as given, 75 when it was stopped, and with another code when it gives up. It says each thing in one line,
-and writes the same to <run>/job/events.jsonl.
+cannot be run as given, 75 when it was stopped, and with another code when it gives up. It prints a line for each
+event, and writes the same to <run>/job/events.jsonl.
 """
 
 import os
@@ -18,14 +18,21 @@ from types import FrameType
 
 from tunesmith.launch import preflight
 from tunesmith.launch.arguments import main
-from tunesmith.launch.attempt import Ended
 from tunesmith.launch.cluster import controller, steps
 from tunesmith.launch.cluster.events import append, restarts_without_progress, sick_nodes
+from tunesmith.launch.cluster.job_end import (
+    JobEnd,
+    cause_of_failure,
+    ends_of,
+    mistake_of,
+    sick_nodes_of_the_run,
+    unhealthy,
+)
 from tunesmith.launch.cluster.job_folder import FOLDER, JobFolder, find_job, make_room, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
-from tunesmith.launch.cluster.outcome import Outcome, cause_of_failure, ends_of, ill, mistake, named_by_the_run
 from tunesmith.launch.cluster.srun import Srun
-from tunesmith.launch.cluster.standing import CONTROLLER_SECONDS, RETRY_SECONDS, Standing
+from tunesmith.launch.cluster.start_status import CONTROLLER_SECONDS, RETRY_SECONDS, StartStatus
+from tunesmith.launch.training_process import TrainingExit
 from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
 from tunesmith.train.files import run_folder
@@ -36,10 +43,10 @@ from tunesmith.train.redact import redact_text
 from tunesmith.train.watch.node_facts import SICK_NODES
 
 PREFLIGHT_SECONDS = 120.0
-PROBE_SECONDS = 20.0  # for a node to answer, of whose ranks nothing was heard
+PROBE_SECONDS = 20.0  # for a node to answer whose ranks left nothing
 LAST_RANKS_SECONDS = 60.0  # for the other ranks once one has ended: srun may wait for a dead node much longer
 POLL_SECONDS = 0.1
-CANCELLED = Outcome("it was cancelled", "stopped", EXIT_STOPPED)
+CANCELLED = JobEnd("it was cancelled", "stopped", EXIT_STOPPED)
 
 
 @dataclass(frozen=True)
@@ -60,17 +67,17 @@ class Allocation:
         return cls(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")), tuple(nodes))
 
 
-class Driver:
-    """One start of a job, from its first line to its last. Raises ConfigError when another run has the folder."""
+class JobDriver:
+    """Drives one start of a job. Raises ConfigError when another run has the folder."""
 
     def __init__(self, spec: JobSpec, allocation: Allocation) -> None:
         self._spec = spec
         self._here = allocation
-        self._standing = Standing(allocation.job_id, allocation.restart)
+        self._status = StartStatus(allocation.job_id, allocation.restart)
         self._folder = spec.run_dir / FOLDER
         self._began = time.time()
-        self._told = False  # SLURM has sent SIGTERM: this job is being cancelled, requeued or preempted
-        self._told_is_noted = False
+        self._got_sigterm = False  # from SLURM: this job is being cancelled, requeued or preempted
+        self._sigterm_is_noted = False
 
     def run(self) -> int:
         """The exit code of the job."""
@@ -82,10 +89,10 @@ class Driver:
         return self._end(self._refuse() or self._preflight() or self._train())
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+        self._got_sigterm = True
 
     def _take_folder(self) -> None:
-        """First: an earlier start of this job, on a node that is cut off, writes nothing from here on."""
+        """First of all: from here on an earlier start of this job, on a node that is cut off, can write nothing."""
         self._folder.mkdir(parents=True, exist_ok=True)
         token = token_from_environment()
         lock = run_folder.hold(self._spec.run_dir, token)
@@ -106,18 +113,18 @@ class Driver:
         if not self._here.restart or not turns or turns[-1]["event"] != "started":
             return
         nodes = [str(node) for node in turns[-1].get("nodes") or []]
-        cause = ill(nodes) or "SLURM requeued it: preempted, requeued by hand, or a node that is well again"
+        cause = unhealthy(nodes) or "SLURM requeued it: preempted, requeued by hand, or a node that is well again"
         self._note_end(cause, "requeued", restart=int(turns[-1]["restart"]))
         tell(f"restart {self._here.restart} of job {self._here.job_id}, since {cause}")
 
-    def _refuse(self) -> Outcome | None:
+    def _refuse(self) -> JobEnd | None:
         if self._job.stop_file.exists():
             return CANCELLED
         if self._here.restart > self._spec.max_restarts:
-            return Outcome(f"it was started {self._here.restart} times again (cluster.max_restarts)", "failed", 1)
+            return JobEnd(f"it was started {self._here.restart} times again (cluster.max_restarts)", "failed", 1)
         return None
 
-    def _preflight(self) -> Outcome | None:
+    def _preflight(self) -> JobEnd | None:
         """None when all nodes are fit."""
         if not self._spec.preflight:
             return None
@@ -125,20 +132,20 @@ class Driver:
         nonce = preflight.begin(out)
         command = steps.on_each_node(self._spec, preflight.command(out, self._spec.run_dir, nonce))
         said = _said(command, PREFLIGHT_SECONDS)
-        if self._told or self._job.stop_file.exists():
+        if self._got_sigterm or self._job.stop_file.exists():
             return CANCELLED
         sick = preflight.verdict(out, self._here.nodes, gpus=self._spec.gpus_per_node, said=said)
         named = {one.node: one.reason for one in sick if one.node}
-        if len(named) == len(self._here.nodes):  # it was the step that failed, or was told to end
-            return Outcome("the look at its nodes was ended, or could not be started", "again", 1)
+        if len(named) == len(self._here.nodes):  # the step itself failed, or was told to end
+            return JobEnd("the look at its nodes was ended, or could not be started", "again", 1)
         self._note_sick(named)
         if not sick:
             return None
         if len(named) == len(sick):
-            return Outcome(f"not fit: {', '.join(named)} ({sick[0].reason})", "again", 1)
-        return Outcome(f"{sick[0].reason} {sick[0].do}", "failed", EXIT_MISTAKE)
+            return JobEnd(f"not fit: {', '.join(named)} ({sick[0].reason})", "again", 1)
+        return JobEnd(f"{sick[0].reason} {sick[0].do}", "failed", EXIT_MISTAKE)
 
-    def _train(self) -> Outcome:
+    def _train(self) -> JobEnd:
         run_dir, restart = self._spec.run_dir, self._here.restart
         (self._folder / "logs" / str(restart)).mkdir(parents=True, exist_ok=True)
         ends, sick = self._folder / "ends" / str(restart), self._folder / f"sick-{restart}.jsonl"
@@ -147,73 +154,79 @@ class Driver:
             old.unlink()
         goes_on = ["resume.source=auto"] if newest_checkpoint(run_dir) else []
         command = steps.training(self._spec, restart, [*self._spec.overrides, *goes_on])
-        ours = {ENDS: str(ends), RESTART: str(restart), SICK_NODES: str(sick), QUIETLY: "1", "PYTHONUNBUFFERED": "1"}
-        srun = Srun(command, os.environ | ours)
+        variables = {
+            ENDS: str(ends),
+            RESTART: str(restart),
+            SICK_NODES: str(sick),
+            QUIETLY: "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        srun = Srun(command, os.environ | variables)
         return self._judge(self._wait(srun, ends), sick, srun.cause)
 
-    def _wait(self, srun: Srun, ends: Path) -> Ended:
-        """Until srun has ended, or waits for nothing but nodes that are gone.
+    def _wait(self, srun: Srun, ends: Path) -> TrainingExit:
+        """Waits until srun has ended, or only nodes that are gone keep it from ending.
 
         The srun of a start that was cut off is killed before its ranks end: it would end the step of that number, which
         is the newer start's by now, as soon as the controller hears it (seen in 22.05).
         """
         first_end = None
-        self._standing.note_limit()
+        self._status.note_limit()
         while srun.runs:
             time.sleep(POLL_SECONDS)
-            if self._standing.is_fenced_off():
+            if self._status.is_fenced_off():
                 srun.forget()
-            self._note_told()
+            self._note_sigterm()
             said = ends_of(ends)
             failed = any(one != RUNNING and one.split()[:1] != ["0"] for one in said.values())
             first_end = first_end or (time.monotonic() if failed else None)
             if first_end is not None and time.monotonic() - first_end > LAST_RANKS_SECONDS:
                 srun.kill()
-        return Ended(srun.wait(), ends_of(ends))
+        return TrainingExit(srun.wait(), ends_of(ends))
 
-    def _note_told(self) -> None:
-        """At once: this process may be killed before the ranks have ended."""
-        facts = self._standing.facts() if self._told and not self._told_is_noted else None
+    def _note_sigterm(self) -> None:
+        """At once, as this process may be killed before the ranks have ended."""
+        facts = self._status.facts() if self._got_sigterm and not self._sigterm_is_noted else None
         if facts is None:
             return
-        self._told_is_noted = True
-        if self._standing.was_restarted(facts):
-            known = (cause_of_failure(self._spec.run_dir, self._began), ill(self._here.nodes))
+        self._sigterm_is_noted = True
+        if self._status.was_restarted(facts):
+            known = (cause_of_failure(self._spec.run_dir, self._began), unhealthy(self._here.nodes))
             cause = "; ".join(filter(None, known)) or "requeued by hand, or preempted"
             self._note_end(cause, "requeued")
             tell(f"requeued by SLURM: {cause}")
-        elif not self._standing.time_is_over():
+        elif not self._status.time_is_over():
             self._note_end("cancelled", "stopped")
 
     def _is_cancelled(self) -> bool:
-        return self._job.stop_file.exists() or (self._told and not self._standing.time_is_over())
+        return self._job.stop_file.exists() or (self._got_sigterm and not self._status.time_is_over())
 
-    def _judge(self, ended: Ended, sick: Path, srun_said: str) -> Outcome:
+    def _judge(self, ended: TrainingExit, sick: Path, srun_said: str) -> JobEnd:
         if ended.finished or (ended.code == 0 and run_folder.is_finished(self._spec.run_dir)):
-            return Outcome("the run has finished", "finished", 0)
-        if self._standing.is_fenced_off():
-            return Outcome("this node was cut off", "again", 1)
+            return JobEnd("the run has finished", "finished", 0)
+        if self._status.is_fenced_off():
+            return JobEnd("this node was cut off", "again", 1)
         if ended.mistake and not sick.exists():
-            return Outcome(mistake(ended), "failed", EXIT_MISTAKE)
+            return JobEnd(mistake_of(ended), "failed", EXIT_MISTAKE)
         if self._is_cancelled():
             return CANCELLED
         if ended.was_stopped:
             reasons = sorted({said.split()[1] for said in ended.ranks.values() if len(said.split()) > 1} - {"another"})
-            return Outcome(f"its ranks stopped, being asked to ({', '.join(reasons) or 'together'})", "again", 75)
-        lost = self._lost_nodes(ended) | named_by_the_run(sick)
+            return JobEnd(f"its ranks stopped, being asked to ({', '.join(reasons) or 'together'})", "again", 75)
+        lost = self._lost_nodes(ended) | sick_nodes_of_the_run(sick)
         self._note_sick(lost)
         names = "".join(f"; node {node}: {reason}" for node, reason in lost.items())
         cause = cause_of_failure(self._spec.run_dir, self._began) or srun_said or ended.how
-        return Outcome(f"{cause}{names}", "again", ended.code or 1)
+        return JobEnd(f"{cause}{names}", "again", ended.code or 1)
 
-    def _lost_nodes(self, ended: Ended) -> dict[str, str]:
-        """Of the nodes whose ranks said nothing to the end: those that do not answer, if SLURM itself does."""
+    def _lost_nodes(self, ended: TrainingExit) -> dict[str, str]:
+        """Of the nodes whose ranks left no exit code, those that do not answer; none while SLURM itself is silent."""
         per_node = self._spec.ranks_per_node
         silent = [rank for rank in range(self._spec.world_size) if ended.ranks.get(rank, RUNNING) == RUNNING]
         nodes = sorted({self._here.nodes[rank // per_node] for rank in silent} - {self._here.nodes[0]})
-        if not nodes or self._standing.facts() is None:
+        if not nodes or self._status.facts() is None:
             return {}
-        lost = controller.ill_nodes(nodes)
+        lost = controller.unhealthy_nodes(nodes)
         for node in [node for node in nodes if node not in lost]:
             if self._is_cancelled():
                 break
@@ -221,55 +234,57 @@ class Driver:
                 lost[node] = f"no answer within {PROBE_SECONDS:g} s"
         return lost
 
-    def _end(self, outcome: Outcome) -> int:
-        if outcome.then == "again":
-            outcome = self._again(outcome)
-        elif self._told and outcome.then == "stopped":
-            self._note_told()  # SLURM may be starting it again
+    def _end(self, job_end: JobEnd) -> int:
+        if job_end.then == "again":
+            job_end = self._again(job_end)
+        elif self._got_sigterm and job_end.then == "stopped":
+            self._note_sigterm()  # SLURM may be starting it again
         else:
-            self._note_end(outcome.cause, outcome.then)
-            tell(f"{outcome.then}: {outcome.cause}")
-        return outcome.code
+            self._note_end(job_end.cause, job_end.then)
+            tell(f"{job_end.then}: {job_end.cause}")
+        return job_end.code
 
-    def _again(self, outcome: Outcome) -> Outcome:
-        """Back into the queue, unless there is a newer start already, somebody has cancelled it, or it is enough."""
+    def _again(self, job_end: JobEnd) -> JobEnd:
+        """Requeues the job, unless there is a newer start already, somebody has cancelled it, or it must give up."""
         step = newest_checkpoint(self._spec.run_dir)
-        if self._standing.is_superseded():
-            tell(f"{outcome.cause}; job {self._here.job_id} was started again meanwhile, so this start just ends")
-            return outcome
+        if self._status.is_superseded():
+            tell(f"{job_end.cause}; job {self._here.job_id} was started again meanwhile, so this start just ends")
+            return job_end
         if self._is_cancelled():
-            self._note_told() if self._told else self._note_end("it was cancelled", "stopped")
+            self._note_sigterm() if self._got_sigterm else self._note_end("it was cancelled", "stopped")
             return CANCELLED
         in_vain = restarts_without_progress([*self._job.own_events(), {"event": "ended", "step": step}])
         if self._here.restart >= self._spec.max_restarts:
             last = f"restart {self._here.restart} was the last (cluster.max_restarts={self._spec.max_restarts})"
-            return self._give_up(f"{outcome.cause}; {last}", outcome.code)
+            return self._give_up(f"{job_end.cause}; {last}", job_end.code)
         if in_vain >= self._spec.no_progress:
             last = f"{in_vain} starts in a row made no newer checkpoint (cluster.no_progress)"
-            return self._give_up(f"{outcome.cause}; {last}", outcome.code)
-        self._note_end(outcome.cause, "requeued")
-        tell(f"back into the queue at step {step}: {outcome.cause}")
+            return self._give_up(f"{job_end.cause}; {last}", job_end.code)
+        self._note_end(job_end.cause, "requeued")
+        tell(f"back into the queue at step {step}: {job_end.cause}")
         if problem := self._requeue():
-            return self._give_up(f"{outcome.cause}; SLURM does not requeue it: {problem}", outcome.code)
-        return outcome
+            return self._give_up(f"{job_end.cause}; SLURM does not requeue it: {problem}", job_end.code)
+        return job_end
 
     def _requeue(self) -> str:
-        """What SLURM has against it; empty once it is in the queue again."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM's answer; what is asked of it next must not hear it
+        """Why SLURM refuses; empty once the job is in the queue again."""
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # SLURM sends it in answer; the command after that must not get it
         away = sorted({*self._spec.exclude, *sick_nodes(self._folder)})
         deadline = time.monotonic() + CONTROLLER_SECONDS
         while (problem := controller.requeue(self._here.job_id, away)) and time.monotonic() < deadline:
-            if not controller.may_pass(problem):
+            if not controller.is_unreachable(problem):
                 return problem
-            if self._standing.is_superseded():  # it was heard all the same
+            if self._status.is_superseded():  # the request had arrived after all
                 return ""
             time.sleep(RETRY_SECONDS)
         return problem
 
-    def _give_up(self, cause: str, code: int) -> Outcome:
+    def _give_up(self, cause: str, code: int) -> JobEnd:
         self._note_end(cause, "failed")
         tell(f"failed: {cause}")
-        return Outcome(cause, "failed", code or 1)
+        return JobEnd(cause, "failed", code or 1)
 
     def _note_sick(self, nodes: dict[str, str]) -> None:
         for node, reason in nodes.items():
@@ -281,7 +296,7 @@ class Driver:
         self._note("ended", restart=restart, cause=cause, then=then, step=step)
 
     def _note(self, event: str, *, restart: int | None = None, **values: object) -> None:
-        if self._standing.is_fenced_off():
+        if self._status.is_fenced_off():
             return
         clean = {name: redact_text(value) if isinstance(value, str) else value for name, value in values.items()}
         number = self._here.restart if restart is None else restart
@@ -289,7 +304,7 @@ class Driver:
 
 
 def _said(command: list[str], seconds: float) -> str:
-    """What a short step prints; its errors go to the job's log."""
+    """The output of a short step; its errors go to the job's log."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace", timeout=seconds
@@ -305,7 +320,7 @@ def tell(text: str) -> None:
 
 
 def job(arguments: list[str]) -> None:
-    end(Driver(JobSpec.parse(arguments), Allocation.from_environment()).run())
+    end(JobDriver(JobSpec.parse(arguments), Allocation.from_environment()).run())
 
 
 if __name__ == "__main__":

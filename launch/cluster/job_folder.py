@@ -1,13 +1,12 @@
 """What a SLURM job leaves in its run folder.
 
 <run>/job/job.json             which job it is
-<run>/job/events.jsonl         what happened to it, a line each
-<run>/job/job-<id>.log         what its driver says
+<run>/job/events.jsonl         what happened to it, one line each
+<run>/job/job-<id>.log         the driver's log
 <run>/job/logs/<restart>/rank-<00003>.log   what each rank prints
-<run>/job/stop                 somebody cancelled it: it must not requeue itself
+<run>/job/stop                 it was cancelled, and must not requeue itself
 """
 
-import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,19 @@ from typing import Any
 
 import orjson
 
+from tunesmith.launch.cluster.events import events_of
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.queue import JOB_ID
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import durable
 
 FOLDER = "job"
-TAIL_BYTES = 2**18  # of a file with a row for each step: some hundreds of rows
 RANK_LOG = re.compile(r"rank-(\d+)\.log")
 
 
 @dataclass(frozen=True)
 class JobFolder:
-    """The job of a run; run is its run folder. job.json as it was written: what is missing there is None here."""
+    """The job of the run in the folder `run`. What job.json does not say is None here."""
 
     run: Path
     job_id: str
@@ -47,7 +46,7 @@ class JobFolder:
         return self.folder / f"job-{self.job_id}.log"
 
     def restarts(self) -> list[int]:
-        """Those whose ranks have logs, oldest first; 0 is the first start."""
+        """The restarts whose ranks have logs, oldest first; 0 is the first start."""
         folder = self.folder / "logs"
         names = [path.name for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
         return [number for number in sorted(map(int, names)) if self.rank_logs(number)]
@@ -60,14 +59,14 @@ class JobFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """The last ones, oldest first: some hundreds. Those of earlier jobs of the same run are among them."""
-        return [row for row in tail_rows(self.folder / "events.jsonl") if isinstance(row.get("event"), str)]
+        return events_of(self.folder)
 
     def own_events(self) -> list[dict[str, Any]]:
-        """Those of this job: a run that failed may have been submitted once more."""
+        """The events of this job alone: a run that failed may have been submitted again."""
         return [row for row in self.events() if row.get("job_id") == self.job_id]
 
     def has_ended(self) -> bool:
-        """Whether the driver has said that the job ended and will not start again."""
+        """Whether the driver wrote that the job ended and will not start again."""
         turns = [event for event in self.own_events() if event["event"] in ("started", "ended")]
         return bool(turns) and turns[-1]["event"] == "ended" and turns[-1].get("then") != "requeued"
 
@@ -85,7 +84,7 @@ def run_folder_of(text: str) -> Path:
 
 
 def find_job(run: Path) -> JobFolder | None:
-    """The job of a run folder; None where it was started otherwise. Raises ConfigError for a file that is not ours."""
+    """The job of a run folder; None where SLURM did not start the run. Raises ConfigError for a damaged job.json."""
     file = run / FOLDER / "job.json"
     try:
         tree = orjson.loads(file.read_bytes())
@@ -128,7 +127,7 @@ def write_job(spec: JobSpec, job_id: str, submitted: float) -> None:
 
 
 def make_room(folder: Path) -> None:
-    """What an earlier job of this run has left there would be taken for this one's."""
+    """Moves away what an earlier job of this run has left, which would look like this one's."""
     (folder / "stop").unlink(missing_ok=True)
     logs = folder / "logs"
     if logs.is_dir():
@@ -139,26 +138,8 @@ def make_room(folder: Path) -> None:
 
 
 def the_job(run: Path, do: str) -> JobFolder:
-    """As find_job(), where there must be one. do: what to say to whom there is none. Raises ConfigError."""
+    """As find_job(), but raises ConfigError, with the remedy `do`, where there is none."""
     job = find_job(run)
     if job is None:
         raise ConfigError("this run has no SLURM job: it was started otherwise.", at=str(run), do=do)
     return job
-
-
-def tail_rows(path: Path, max_bytes: int = TAIL_BYTES) -> list[dict[str, Any]]:
-    """The last rows of a JSONL file that may be long; none without it. Torn lines are passed over."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - max_bytes))
-            lines = file.read(max_bytes).split(b"\n")
-    except OSError:
-        return []
-    rows = []
-    for line in lines[1:] if size > max_bytes else lines:
-        with contextlib.suppress(orjson.JSONDecodeError):
-            row = orjson.loads(line)
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows

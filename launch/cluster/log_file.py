@@ -1,10 +1,15 @@
-"""A log that others write to, read as whole lines, in bounded memory however long it or a line of it is."""
+"""A log that others write to, read as whole lines or rows, in bounded memory however long it or a line of it is."""
 
+import contextlib
 import os
 from pathlib import Path
+from typing import Any
+
+import orjson
 
 BLOCK_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 16  # a longer one is shown in pieces
+TAIL_BYTES = 1 << 18  # of a file with a row for each step: some hundreds of rows
 
 
 class LogFile:
@@ -86,3 +91,21 @@ def _search_back(descriptor: int, number: int) -> int:
             return start + place + 1
         breaks, end = breaks - found, start
     return 0
+
+
+def tail_rows(path: Path, max_bytes: int = TAIL_BYTES) -> list[dict[str, Any]]:
+    """The last rows of a JSONL file that may be long; none without it. Torn lines are passed over."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - max_bytes))
+            lines = file.read(max_bytes).split(b"\n")
+    except OSError:
+        return []
+    rows = []
+    for line in lines[1:] if size > max_bytes else lines:
+        with contextlib.suppress(orjson.JSONDecodeError):
+            row = orjson.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows

@@ -1,4 +1,4 @@
-"""What the ranks of a SLURM job print, and what its driver says.
+"""What the ranks and the driver of a SLURM job print.
 
     python launch/slurm.py logs <run>                of the newest restart: the driver's lines, then each rank's
     python launch/slurm.py logs -f <run>             the last lines, then new ones as they come, until the job has ended
@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from tunesmith.launch.arguments import EXIT_INTERRUPTED, take_option
+from tunesmith.launch.arguments import EXIT_INTERRUPTED, run_argument, show_help, take_option
 from tunesmith.launch.cluster.job_folder import JobFolder, run_folder_of, the_job
 from tunesmith.launch.cluster.log_file import LogFile
 from tunesmith.launch.cluster.queue import job_facts
@@ -30,7 +30,7 @@ USAGE = "write: python launch/slurm.py logs [-f] [--rank N] [--restart N] [--lin
 
 
 @dataclass(frozen=True)
-class Request:
+class LogRequest:
     """What is to be shown."""
 
     rank: int | None = None  # None: all, and the driver
@@ -40,13 +40,12 @@ class Request:
 
 
 def logs(arguments: list[str]) -> None:
-    """Prints them. Raises ConfigError where there is no such run, job, restart or rank."""
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(__doc__ or "")
+    """Prints the logs. Raises ConfigError where there is no such run, job, restart or rank."""
+    if show_help(arguments, __doc__):
         return
     request, run = read(arguments)
     job = the_job(run_folder_of(run), "what it prints is where it was started.")
-    viewer = Viewer(job, request)
+    viewer = LogViewer(job, request)
     try:
         if request.follow:
             viewer.follow()
@@ -54,27 +53,26 @@ def logs(arguments: list[str]) -> None:
             viewer.show()
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again when it exits
     except KeyboardInterrupt:
         end(EXIT_INTERRUPTED)
 
 
-def read(arguments: list[str]) -> tuple[Request, str]:
+def read(arguments: list[str]) -> tuple[LogRequest, str]:
     """What the command line asks for, and the run folder it names. Raises ConfigError."""
     rank, rest = take_option(arguments, "--rank")
     restart, rest = take_option(rest, "--restart")
     lines, rest = take_option(rest, "--lines")
     follow = bool({"-f", "--follow"} & set(rest))
     names = [argument for argument in rest if argument not in ("-f", "--follow")]
-    if len(names) != 1 or names[0].startswith("-"):
-        raise ConfigError("one run folder is to be given.", at="command line", do=USAGE)
+    name = run_argument(names, USAGE)
     num_lines = _whole("--lines", lines)
     if num_lines is None and follow:
         num_lines = LINES_BEFORE_FOLLOWING
-    request = Request(_whole("--rank", rank), _whole("--restart", restart), num_lines, follow)
+    request = LogRequest(_whole("--rank", rank), _whole("--restart", restart), num_lines, follow)
     if follow and request.restart is not None:
         raise ConfigError("-f follows the newest restart.", at="command line", do="leave out --restart, or -f.")
-    return request, names[0]
+    return request, name
 
 
 def _whole(name: str, text: str | None) -> int | None:
@@ -85,17 +83,17 @@ def _whole(name: str, text: str | None) -> int | None:
     return int(text)
 
 
-class Viewer:
+class LogViewer:
     """Writes the lines of one job's files to stdout."""
 
-    def __init__(self, job: JobFolder, request: Request) -> None:
+    def __init__(self, job: JobFolder, request: LogRequest) -> None:
         self._job = job
         self._request = request
         self._files: dict[str, LogFile] = {}
-        self._said = ""  # the last thing told of the queue
+        self._said = ""  # the last thing printed about the queue
 
     def show(self) -> None:
-        """What is there now. Raises ConfigError for a rank or restart that is not."""
+        """Prints what is there now. Raises ConfigError for a rank or restart without a log."""
         restart = self._newest() if self._request.restart is None else self._request.restart
         self._check(restart)
         for name, path in self._paths(restart):
@@ -107,7 +105,7 @@ class Viewer:
             self._say(self._queue_words())
 
     def follow(self) -> None:
-        """What is there, and what comes, until the job has ended."""
+        """Prints what is there, and what comes, until the job has ended."""
         shown: int | None = None
         is_first = True
         asked_at = -QUEUE_SECONDS
@@ -127,7 +125,7 @@ class Viewer:
             self._catch_up()
             if not self._wait():
                 raise BrokenPipeError
-            if is_over:  # the wait was for the last words of the driver
+            if is_over:  # the wait was for the driver's last lines
                 break
         self._catch_up()
         for file in self._files.values():
@@ -150,7 +148,7 @@ class Viewer:
             raise ConfigError(f"rank {rank} has no log; ranks with one: {there}.", at="--rank")
 
     def _paths(self, restart: int | None) -> list[tuple[str, os.PathLike[str]]]:
-        """Names and files that are asked for and there."""
+        """Names and files, of those that were asked for and exist."""
         ranks = self._job.rank_logs(restart) if restart is not None else {}
         if self._request.rank is not None:
             ranks = {rank: path for rank, path in ranks.items() if rank == self._request.rank}
@@ -160,7 +158,7 @@ class Viewer:
         return found
 
     def _open(self, restart: int | None, last_lines: int | None) -> None:
-        """Takes up files that are new."""
+        """Opens files that are new."""
         for name, path in self._paths(restart):
             if name not in self._files:
                 self._files[name] = LogFile(path, f"[{name}] ", last_lines=last_lines)
@@ -186,13 +184,13 @@ class Viewer:
             sys.stdout.buffer.write(block)
 
     def _wait(self) -> bool:
-        """A moment; False as soon as nobody reads what is written."""
+        """Waits a moment; False once nobody reads what is written."""
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return not any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(LOOK_SECONDS * 1000))
 
     def _has_left_queue(self) -> bool:
-        """Whether SLURM says so; when it does not answer, the job's own events are to tell."""
+        """Whether the job has left SLURM's queue; False when SLURM does not answer: the job's own events tell then."""
         try:
             facts = job_facts(self._job.job_id)
         except (TrainingError, ConfigError) as error:
@@ -211,7 +209,7 @@ class Viewer:
         return f"no rank has a log; job {self._job.job_id} {state}"
 
     def _say(self, text: str) -> None:
-        """To stderr, once in a row: it is no line of a log."""
+        """Prints to stderr, as it is not a line of a log; nothing twice in a row."""
         if text != self._said:
             self._said = text
             sys.stdout.flush()

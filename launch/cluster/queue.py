@@ -1,7 +1,7 @@
-"""What SLURM's queue says of a job, and taking one out of it.
+"""What SLURM's queue says about a job, and how to cancel one.
 
-squeue and scancel alone: sacct needs a database that not every cluster has. So a job that ended some minutes ago
-(MinJobAge of slurm.conf, 300 s by default) is unknown here; what became of it is in its run folder.
+It uses squeue and scancel only, as sacct needs a database that not every cluster has. So a job that ended some minutes
+ago (MinJobAge of slurm.conf, 300 s by default) is unknown here; its run folder says how it ended.
 """
 
 import os
@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.launch.cluster.programs import run_program
 from tunesmith.train.errors import ConfigError, TrainingError
 
-# With the controller away squeue fails by itself after MessageTimeout, 5 to 14 s; without a slurm.conf after 60 s.
+# Without a controller squeue fails by itself after MessageTimeout, 5 to 14 s; without a slurm.conf after 60 s.
 ANSWER_SECONDS = 30.0
 JOB_ID = re.compile(r"[0-9]+([_+][0-9]+)?")
 # Fixed columns: none of them holds what a user wrote, and a node list may hold any separator but a blank.
@@ -67,7 +68,7 @@ def job_state(job_id: str) -> str | None:
 
 
 def job_facts(job_id: str) -> JobFacts | None:
-    """What the queue says of a job; None when it does not know it, or no longer. Raises as job_state()."""
+    """What the queue says about a job; None when it does not know it, or no longer. Raises as job_state()."""
     layout = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
     done = ask("squeue", "--noheader", "--states=all", f"--jobs={_checked(job_id)}", f"--Format={layout}")
     if done.returncode and "Invalid job id" not in done.stderr:
@@ -104,7 +105,7 @@ def parse(line: str) -> JobFacts:
 
 
 def has_steps(job_id: str) -> bool:
-    """Whether srun has something under way in a job, which a signal would reach. Raises as job_state()."""
+    """Whether srun runs something in a job, which a signal would reach. Raises as job_state()."""
     done = ask("squeue", "--noheader", "--steps", f"--jobs={_checked(job_id)}", "--format=%i")
     if done.returncode and "Invalid job id" not in done.stderr:
         raise _refused("squeue", done)
@@ -119,14 +120,14 @@ def signal_steps(job_id: str, name: str) -> None:
 
 
 def cancel_job(job_id: str) -> None:
-    """Takes a job out of the queue; ends it where it runs. Nothing where it has ended. Raises as job_state()."""
+    """Takes a job out of the queue, or ends it where it runs; nothing where it has ended. Raises as job_state()."""
     done = ask("scancel", _checked(job_id))
     if done.returncode:
         raise _refused("scancel", done)
 
 
 def _checked(job_id: str) -> str:
-    """The id, which is no option of a command."""
+    """The id, once it is sure that no program takes it for an option."""
     if not JOB_ID.fullmatch(job_id):
         raise ConfigError(f"{job_id!r} is not the id of a SLURM job.", at="job_id")
     return job_id
@@ -137,36 +138,21 @@ def _time(text: str) -> float | None:
 
 
 def ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One of SLURM's programs, however it ends. Raises as job_state() when it does not answer, or is not there."""
+    """Runs a program that asks SLURM's controller, whatever its exit code. Raises as job_state()."""
     # A user's own SQUEUE_FORMAT, SQUEUE_STATES, ... would change what is printed.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SCANCEL_"))}
     try:
-        return subprocess.run(
-            [program, *arguments],
-            env=kept | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ANSWER_SECONDS,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise ConfigError(
-            f"there is no program {program!r} on this machine.",
-            at="PATH",
-            do="run this on a machine of the cluster, such as its login node.",
-        ) from None
+        return run_program([program, *arguments], kept | {"SLURM_TIME_FORMAT": "%s"}, ANSWER_SECONDS)
     except subprocess.TimeoutExpired:
-        raise _silent(program, f"no answer in {ANSWER_SECONDS:g} s") from None
+        raise _no_answer(program, f"no answer in {ANSWER_SECONDS:g} s") from None
 
 
 def _refused(program: str, done: subprocess.CompletedProcess[str]) -> TrainingError:
     lines = done.stderr.strip().splitlines()
-    return _silent(program, lines[-1] if lines else f"exit code {done.returncode}")
+    return _no_answer(program, lines[-1] if lines else f"exit code {done.returncode}")
 
 
-def _silent(program: str, said: str) -> TrainingError:
+def _no_answer(program: str, said: str) -> TrainingError:
     return TrainingError(
         f"SLURM does not answer: {said}.",
         at=program,

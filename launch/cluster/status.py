@@ -14,7 +14,9 @@ from typing import Any
 import orjson
 import yaml
 
-from tunesmith.launch.cluster.job_folder import JobFolder, find_job, run_folder_of, tail_rows
+from tunesmith.launch.arguments import run_argument, show_help
+from tunesmith.launch.cluster.job_folder import JobFolder, find_job, run_folder_of
+from tunesmith.launch.cluster.log_file import tail_rows
 from tunesmith.launch.cluster.queue import job_facts
 from tunesmith.train.checkpoint.step_folders import newest_checkpoint, step_folder
 from tunesmith.train.errors import ConfigError, TrainingError
@@ -30,14 +32,11 @@ Tree = dict[str, Any]
 
 
 def status(arguments: list[str]) -> None:
-    """Prints it. Raises ConfigError for a folder that is no run's."""
-    if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(__doc__ or "")
+    """Prints the status. Raises ConfigError for a folder that is not a run's."""
+    if show_help(arguments, __doc__):
         return
     names = [argument for argument in arguments if argument != "--json"]
-    if len(names) != 1 or names[0].startswith("-"):
-        raise ConfigError("one run folder is to be given.", at="command line", do=USAGE)
-    found = status_of(run_folder_of(names[0]))
+    found = status_of(run_folder_of(run_argument(names, USAGE)))
     if "--json" in arguments:
         sys.stdout.write(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode() + "\n")
         return
@@ -47,7 +46,7 @@ def status(arguments: list[str]) -> None:
 
 
 def status_of(run: Path) -> Tree:
-    """What is known of a run. Raises ConfigError for a job.json that is not ours."""
+    """What is known of a run. Raises ConfigError for a damaged job.json."""
     job = find_job(run)
     summary = _tree(run / "summary.json")
     return {
@@ -64,7 +63,7 @@ def _job(job: JobFolder) -> Tree:
     facts, problem = None, None
     try:
         facts = job_facts(job.job_id)
-    except (TrainingError, ConfigError) as error:  # the run's files say the rest
+    except (TrainingError, ConfigError) as error:  # the run's files tell the rest
         problem = error.what
     events = job.events()
     ends = [event for event in events if event["event"] == "ended"]
@@ -94,7 +93,7 @@ def _max_restarts(run: Path) -> int | None:
 
 
 def _progress(run: Path) -> Tree:
-    """Of the newest steps in metrics.jsonl; times in seconds."""
+    """The newest steps in metrics.jsonl; times in seconds."""
     rows = [row for row in tail_rows(run / "metrics.jsonl") if "train/loss" in row and isinstance(row.get("step"), int)]
     last = rows[-1] if rows else {}
     times = [row["throughput/step_seconds"] for row in rows[-WINDOW:] if row.get("throughput/step_seconds")]
@@ -102,7 +101,7 @@ def _progress(run: Path) -> Tree:
     step_seconds = median(times) if times else None
     left = None
     if step is not None and isinstance(total, int) and step_seconds is not None:
-        left = max(0, total - step) * step_seconds  # evaluations and saves come besides
+        left = max(0, total - step) * step_seconds  # without evaluations and saves
     return {
         "step": step,
         "total_steps": total,
@@ -115,7 +114,7 @@ def _progress(run: Path) -> Tree:
 
 
 def _checkpoint(run: Path) -> Tree | None:
-    """The newest one that was written whole."""
+    """The newest checkpoint that was written completely."""
     step = newest_checkpoint(run)
     if not step:
         return None

@@ -1,4 +1,4 @@
-"""From a command line to a job in SLURM's queue: composed, checked, rendered, submitted. Nothing stays when refused."""
+"""From a command line to a job in SLURM's queue: composed, checked, rendered, submitted. A refusal leaves no file."""
 
 import os
 import re
@@ -14,8 +14,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tunesmith.launch.arguments import sets
 from tunesmith.launch.cluster.job_folder import FOLDER, find_job, make_room, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
+from tunesmith.launch.cluster.programs import run_program
 from tunesmith.launch.cluster.queue import JOB_ID, job_facts, jobs_of_script
 from tunesmith.launch.cluster.sbatch import render
 from tunesmith.launch.environment import chosen
@@ -29,14 +31,14 @@ from tunesmith.train.zero import deepspeed_config as engine_config
 
 SUBMIT_SECONDS = 60.0  # for sbatch to answer
 SCRIPT = "script.sh"
-# A user's own defaults for sbatch, and where SLURM is; nothing of a job that this may run in.
+# A user's own defaults for sbatch, and where SLURM is; nothing of the job that this process may run in.
 OF_SLURM = re.compile(r"SBATCH_\w+|SLURM_(CONF|CLUSTERS|TIME_FORMAT)")
-AWAY = ("SLURM", "`scontrol ping` says whether the controller is up; SLURM_CONF is where its configuration is.")
+UNREACHABLE = ("SLURM", "`scontrol ping` says whether the controller is up; SLURM_CONF is where its configuration is.")
 REMEDIES = {
-    "unable to contact": AWAY,
-    "process configuration": AWAY,
-    "configuration source": AWAY,
-    "fetch config": AWAY,
+    "unable to contact": UNREACHABLE,
+    "process configuration": UNREACHABLE,
+    "configuration source": UNREACHABLE,
+    "fetch config": UNREACHABLE,
     "invalid node name": ("cluster.exclude", "`sinfo -N` lists the nodes; sick ones stand in <run>/job/events.jsonl."),
     "invalid partition": ("cluster.partition", "`sinfo -s` lists the partitions."),
     "account or account/partition": ("cluster.account", "`sacctmgr show assoc user=$USER` lists your accounts."),
@@ -51,7 +53,7 @@ REMEDIES = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Submission:
     """A job as it would be submitted."""
 
     spec: JobSpec
@@ -60,12 +62,12 @@ class Plan:
     composed: Composed
 
 
-def make_plan(
+def prepare(
     overrides: Sequence[str], config_dir: Path | None, env: Mapping[str, str], run_dir: Path | None = None
-) -> Plan:
+) -> Submission:
     """The job of a command line. run_dir: instead of what output_dir says. Raises ConfigError; touches nothing."""
     given = list(overrides)
-    if not any(re.match(r"\+{0,2}cluster=", override) for override in given):
+    if not any(sets(override, "cluster") for override in given):
         given.insert(0, "cluster=slurm")
     own = config_dir.expanduser().absolute() if config_dir else None
     composed = compose_config(given, own)
@@ -84,7 +86,7 @@ def make_plan(
         run_folder.check_usable(folder, config.resume.source)
         spec = JobSpec(
             run_dir=folder,
-            overrides=[item for item in given if not re.match(r"\+{0,2}output_dir=", item)],
+            overrides=[item for item in given if not sets(item, "output_dir")],
             config_dir=own,
             nodes=cluster.nodes,
             ranks_per_node=cluster.ranks_per_node,
@@ -102,25 +104,25 @@ def make_plan(
         )
         script = render(spec, cluster, config.name)
     kept = {name: value for name, value in env.items() if OF_SLURM.fullmatch(name)}
-    return Plan(spec, script, kept | chosen(cluster.env, env), composed)
+    return Submission(spec, script, kept | chosen(cluster.env, env), composed)
 
 
 def submit(overrides: Sequence[str], run_dir: Path | None = None, config_dir: Path | None = None) -> str:
-    """Submits a run and returns the id of its job. Raises ConfigError when it is refused, and leaves nothing then."""
-    return submit_plan(make_plan(overrides, config_dir, os.environ, run_dir))
+    """Submits a run and returns the id of its job. Raises ConfigError when it is refused, and leaves no file then."""
+    return send(prepare(overrides, config_dir, os.environ, run_dir))
 
 
-def submit_plan(plan: Plan) -> str:
-    """As submit(), of a plan."""
-    run_dir = plan.spec.run_dir
+def send(submission: Submission) -> str:
+    """As submit(), of a submission."""
+    run_dir = submission.spec.run_dir
     folder = run_dir / FOLDER
     above = _first_missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_one(run_dir):
             _check_free(run_dir)
-            ask(plan)  # before anything of an earlier job is touched
-            return _submit_script(plan, folder)
+            ask_slurm(submission)  # before anything of an earlier job is touched
+            return _submit_script(submission, folder)
     except OSError as error:
         _remove(above)
         raise ConfigError(
@@ -133,18 +135,20 @@ def submit_plan(plan: Plan) -> str:
 
 
 class Unanswered(ConfigError):
-    """sbatch did not answer: nobody knows whether there is a job."""
+    """sbatch did not answer, so there may or may not be a job."""
 
 
 @contextmanager
 def _only_one(run_dir: Path) -> Iterator[None]:
-    """Raises ConfigError while another submission of the run is under way; keeps signals away until it is done."""
+    """Raises ConfigError while another submission of the run is under way; blocks signals until it is done."""
     lock = FileLock(run_dir / f"{run_folder.OURS}submit")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
-            "another submission of this run is under way.", at=str(run_dir), do="wait for its end, and see its status."
+            "another submission of this run is under way.",
+            at=str(run_dir),
+            do="wait until it is done, then look at the status.",
         ) from None
     kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -154,38 +158,38 @@ def _only_one(run_dir: Path) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, kept)
 
 
-def _submit_script(plan: Plan, folder: Path) -> str:
+def _submit_script(submission: Submission, folder: Path) -> str:
     make_room(folder)
     script = folder / SCRIPT
-    durable.write_bytes(script, plan.script.encode(errors="surrogateescape"))
+    durable.write_bytes(script, submission.script.encode(errors="surrogateescape"))
     submitted = time.time()
     try:
-        job_id = _sbatch(["--parsable", str(script)], plan.env).partition(";")[0]
+        job_id = _sbatch(["--parsable", str(script)], submission.env).partition(";")[0]
     except Unanswered:
-        found = jobs_of_script(script)  # it may have been taken all the same
+        found = jobs_of_script(script)  # sbatch may have submitted it before it hung
         if not found:
             raise
         job_id = found[-1]
     if not JOB_ID.fullmatch(job_id):
         raise ConfigError(f"sbatch gave no job id, but {job_id[:80]!r}.", at="sbatch", do="correct cluster.sbatch.")
-    write_job(plan.spec, job_id, submitted)
+    write_job(submission.spec, job_id, submitted)
     return job_id
 
 
-def ask(plan: Plan) -> str:
-    """Whether SLURM would take the script, in its words; where there is no SLURM, that. Raises ConfigError for a no."""
+def ask_slurm(submission: Submission) -> str:
+    """SLURM's own answer to whether it would take the script, as a comment. Raises ConfigError when it would not."""
     if shutil.which("sbatch") is None:
         return "# not asked: there is no SLURM on this machine"
     with tempfile.TemporaryDirectory(prefix="tunesmith-script-") as folder:
         script = Path(folder, "script.sh")
-        script.write_bytes(plan.script.encode(errors="surrogateescape"))
-        return f"# {_sbatch(['--test-only', str(script)], plan.env)}"
+        script.write_bytes(submission.script.encode(errors="surrogateescape"))
+        return f"# {_sbatch(['--test-only', str(script)], submission.env)}"
 
 
 def _check_free(run_dir: Path) -> None:
     """Raises ConfigError while a job of this run is in the queue: two would write into one folder.
 
-    Also one whose submission was killed before it could be noted: it is known by its script.
+    A job whose submission was killed before job.json was written is found by its script.
     """
     job = find_job(run_dir)
     known = [job.job_id] if job else []
@@ -219,7 +223,7 @@ def _sick(run_dir: Path) -> list[str]:
 
 
 def _first_missing(folder: Path) -> Path | None:
-    """The topmost folder that making this one makes."""
+    """The topmost of the folders that have to be made for this one."""
     missing = None
     while not folder.exists():
         missing, folder = folder, folder.parent
@@ -233,23 +237,9 @@ def _remove(folder: Path | None) -> None:
 
 def _sbatch(arguments: Sequence[str], env: Mapping[str, str]) -> str:
     """What sbatch prints. Raises ConfigError with what it says, in one line."""
+    do = "run this on a login node of the cluster; --dry-run prints the script anywhere."
     try:
-        done = subprocess.run(
-            ["sbatch", *arguments],
-            env={**env, "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=SUBMIT_SECONDS,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise ConfigError(
-            "there is no program 'sbatch' on this machine.",
-            at="PATH",
-            do="run this on a login node of the cluster; --dry-run prints the script anywhere.",
-        ) from None
+        done = run_program(["sbatch", *arguments], env, SUBMIT_SECONDS, do=do)
     except subprocess.TimeoutExpired:
         raise Unanswered(
             f"sbatch did not answer in {SUBMIT_SECONDS:g} s.",
@@ -258,7 +248,7 @@ def _sbatch(arguments: Sequence[str], env: Mapping[str, str]) -> str:
         ) from None
     if done.returncode:
         raise _refused(done.stderr)
-    return done.stdout.strip() or " ".join(done.stderr.split())  # what --test-only says, it says on stderr
+    return done.stdout.strip() or " ".join(done.stderr.split())  # --test-only prints to stderr
 
 
 def _refused(said: str) -> ConfigError:

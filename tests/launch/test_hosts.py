@@ -12,7 +12,7 @@ import pytest
 from tunesmith.launch import start_file
 from tunesmith.launch.environment import chosen, without_secrets
 from tunesmith.launch.hostfile import Host, read_hostfile
-from tunesmith.launch.hosts import command, make_plan
+from tunesmith.launch.hosts import command, prepare
 from tunesmith.train.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -60,29 +60,29 @@ def test_a_wrong_hostfile_is_refused_with_its_line(tmp_path: Path, text: str, li
 
 
 def test_the_plan_names_one_run_folder_and_implies_the_cluster(hostfile: Path, tmp_path: Path) -> None:
-    plan = make_plan(
+    launch = prepare(
         ["+exp=debug", "cluster.hostfile=hosts", "cluster.env=[HF_*,'A=1 2']"], {"HF_HOME": "/hf", "B": "2"}
     )
-    assert plan.run_dir.parent == tmp_path / "runs"
-    assert plan.arguments == [
+    assert launch.run_dir.parent == tmp_path / "runs"
+    assert launch.arguments == [
         "cluster=hostfile",
         "+exp=debug",
         "cluster.hostfile=hosts",
         "cluster.env=[HF_*,'A=1 2']",
-        f"output_dir={plan.run_dir}",
+        f"output_dir={launch.run_dir}",
     ]
-    assert plan.env == {"HF_HOME": "/hf", "A": "1 2"}
-    assert not plan.run_dir.exists()
+    assert launch.env == {"HF_HOME": "/hf", "A": "1 2"}
+    assert not launch.run_dir.exists()
 
 
 def test_no_argument_and_no_variable_is_on_a_command_line(hostfile: Path) -> None:
     hostile = 'name="it is $(touch canary) `id`"'
-    plan = make_plan(
+    launch = prepare(
         ["+exp=debug", "cluster.hostfile=hosts", "output_dir=run", hostile], {"WANDB_API_KEY": "a-secret-key"}
     )
-    assert hostile in plan.arguments
-    assert plan.env == {"WANDB_API_KEY": "a-secret-key"}
-    words = " ".join(command(plan, plan.run_dir / "start.json"))
+    assert hostile in launch.arguments
+    assert launch.env == {"WANDB_API_KEY": "a-secret-key"}
+    words = " ".join(command(launch, launch.run_dir / "start.json"))
     assert "canary" not in words
     assert "secret" not in words
 
@@ -102,7 +102,7 @@ def test_what_cannot_be_started_is_refused_before_any_host_is_asked(
     hostfile: Path, tmp_path: Path, arguments: list[str], words: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        make_plan(arguments, {})
+        prepare(arguments, {})
     assert words in str(refused.value)
     assert list(tmp_path.iterdir()) == [hostfile]
 

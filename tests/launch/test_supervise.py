@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tunesmith.launch.attempt import Ended
 from tunesmith.launch.supervise import read, with_output_dir
+from tunesmith.launch.training_process import TrainingExit
 from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.errors import ConfigError
 
@@ -201,7 +201,7 @@ OBEYED = [  # what is left of an attempt that was asked to stop, and whether it 
 def test_an_attempt_has_obeyed_when_no_rank_died_of_something_else(
     code: int, ranks: dict[int, str], obeyed: bool
 ) -> None:
-    assert Ended(code, ranks).has_obeyed is obeyed
+    assert TrainingExit(code, ranks).has_obeyed is obeyed
 
 
 def test_a_signal_while_it_waits_ends_it_at_once(supervise) -> None:
@@ -267,8 +267,8 @@ HOW_ENDED = [  # exit code of the launcher, what its ranks said: finished, stopp
 def test_how_an_attempt_ended_is_read_from_its_ranks_not_only_from_its_launcher(
     code: int, ranks: dict[int, str], how: str
 ) -> None:
-    ended = Ended(code, ranks)
-    assert not Ended(code, ranks, orphaned=True).was_stopped
+    ended = TrainingExit(code, ranks)
+    assert not TrainingExit(code, ranks, orphaned=True).was_stopped
     found = "mistake" if ended.mistake else "finished" if ended.finished else "stopped" if ended.was_stopped else "dead"
     assert found == how
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.launch.cluster.logs import Request, logs, read
+from tunesmith.launch.cluster.logs import LogRequest, logs, read
 from tunesmith.train.errors import ConfigError
 
 COMMAND = "from tunesmith.launch.arguments import main; from tunesmith.launch.cluster.logs import logs; main(logs)"
@@ -52,9 +52,9 @@ def test_one_rank_an_earlier_restart_the_last_lines(run, capfdbinary):
         (["--restart", "2"], "restart 2 has no logs; there are: 0, 1"),
         (["--rank", "-1"], "--rank=-1 is not a whole number"),
         (["--lines", "x"], "--lines=x is not a whole number"),
-        (["--lines"], "one run folder is to be given|--lines needs a value"),
+        (["--lines"], "give one run folder|--lines needs a value"),
         (["-f", "--restart", "0"], "-f follows the newest restart"),
-        (["--all"], "one run folder is to be given"),
+        (["--all"], "give one run folder"),
     ],
 )
 def test_what_is_not_there_is_named(run, arguments, what):
@@ -68,9 +68,9 @@ def test_a_run_without_a_job_is_refused(make_run):
 
 
 def test_following_shows_ten_lines_if_not_said_otherwise():
-    assert read(["-f", "x"]) == (Request(lines=10, follow=True), "x")
-    assert read(["--follow", "--lines=3", "x"]) == (Request(lines=3, follow=True), "x")
-    assert read(["x"]) == (Request(), "x")
+    assert read(["-f", "x"]) == (LogRequest(lines=10, follow=True), "x")
+    assert read(["--follow", "--lines=3", "x"]) == (LogRequest(lines=3, follow=True), "x")
+    assert read(["x"]) == (LogRequest(), "x")
 
 
 def start(run: Path, *arguments: str, **options) -> subprocess.Popen[bytes]:

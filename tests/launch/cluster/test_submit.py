@@ -1,4 +1,4 @@
-"""From a command line to a plan of a job, and what SLURM's refusals are said as. Nothing here needs SLURM."""
+"""From a command line to a job's submission, and SLURM's refusals in our words. Nothing here needs SLURM."""
 
 import time
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tunesmith.launch.cluster import events
 from tunesmith.launch.cluster.events import append, events_of, restarts_without_progress, sick_nodes
 from tunesmith.launch.cluster.job_folder import JobFolder
-from tunesmith.launch.cluster.submit import _refused, make_plan, submit
+from tunesmith.launch.cluster.submit import _refused, prepare, submit
 from tunesmith.train.errors import ConfigError
 
 ENV = {
@@ -23,11 +23,11 @@ QUICK = ["+exp=debug", "cluster.gpus_per_node=null"]
 
 
 def test_cluster_slurm_is_implied_and_the_ranks_get_the_listed_variables_alone(tmp_path):
-    plan = make_plan([*QUICK, f"output_dir={tmp_path}/run"], None, ENV)
-    assert plan.spec.overrides == ["cluster=slurm", *QUICK]
-    assert plan.spec.run_dir == tmp_path / "run"
-    assert plan.env == {"PATH": "/bin", "WANDB_API_KEY": "secret", "SBATCH_ACCOUNT": "mine", "SLURM_CONF": "/c"}
-    assert "secret" not in plan.script
+    submission = prepare([*QUICK, f"output_dir={tmp_path}/run"], None, ENV)
+    assert submission.spec.overrides == ["cluster=slurm", *QUICK]
+    assert submission.spec.run_dir == tmp_path / "run"
+    assert submission.env == {"PATH": "/bin", "WANDB_API_KEY": "secret", "SBATCH_ACCOUNT": "mine", "SLURM_CONF": "/c"}
+    assert "secret" not in submission.script
     assert not (tmp_path / "run").exists()
 
 
@@ -47,7 +47,7 @@ def test_cluster_slurm_is_implied_and_the_ranks_get_the_listed_variables_alone(t
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, monkeypatch, overrides, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        make_plan([*QUICK, *overrides], None, ENV)
+        prepare([*QUICK, *overrides], None, ENV)
     assert words in str(caught.value)
     assert "hunter22" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

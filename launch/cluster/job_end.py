@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.launch.attempt import Ended
 from tunesmith.launch.cluster import controller
+from tunesmith.launch.training_process import TrainingExit
 from tunesmith.train.errors import EXIT_MISTAKE
 from tunesmith.train.ranks.stop import RUNNING
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobEnd:
     """How a start of the job ended. then: finished, failed, stopped, or again, which asks to be requeued."""
 
     cause: str
@@ -30,19 +30,19 @@ def ends_of(folder: Path) -> dict[int, str]:
     return found
 
 
-def ill(nodes: Sequence[str]) -> str:
-    """What SLURM has against some of the nodes, in words; empty when it is content with all."""
-    return "; ".join(f"node {node} is {state}" for node, state in controller.ill_nodes(nodes).items())
+def unhealthy(nodes: Sequence[str]) -> str:
+    """Which of the nodes SLURM reports as unhealthy, in words; empty when it reports none."""
+    return "; ".join(f"node {node} is {state}" for node, state in controller.unhealthy_nodes(nodes).items())
 
 
-def mistake(ended: Ended) -> str:
+def mistake_of(ended: TrainingExit) -> str:
     said = [one for _, one in sorted(ended.ranks.items()) if one.split()[:1] == [str(EXIT_MISTAKE)]]
     words = said[0].partition(" ")[2] if said else ""
     return words or "the run cannot be run as given: see the log of rank 0"
 
 
 def cause_of_failure(run_dir: Path, since: float) -> str:
-    """What the run itself says of why it failed, since then in unix seconds; empty where it says nothing."""
+    """Why the run failed, in its own words; empty where it wrote none since then (unix seconds)."""
     path = run_dir / "failure.json"
     try:
         if path.stat().st_mtime < since:
@@ -52,7 +52,7 @@ def cause_of_failure(run_dir: Path, since: float) -> str:
         return ""
 
 
-def named_by_the_run(sick: Path) -> dict[str, str]:
+def sick_nodes_of_the_run(sick: Path) -> dict[str, str]:
     """Nodes that the run itself found to be sick (train/watch/node_checks.py)."""
     found = {}
     for line in sick.read_text(encoding="utf-8").splitlines() if sick.exists() else []:

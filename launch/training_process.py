@@ -1,7 +1,7 @@
-"""One attempt at a training: its processes, from the launcher to the last rank, and how they ended.
+"""The processes of one training, from the launcher to the last rank, and how they ended.
 
-The supervisor is the subreaper of its attempts (prctl(2)): whatever an attempt leaves behind, in whatever session,
-becomes its child, and none is left when the next attempt starts.
+The supervisor is the subreaper of its trainings (prctl(2)): whatever a training leaves behind, in whatever session,
+becomes its child, and none is left when the next one starts.
 """
 
 import ctypes
@@ -27,8 +27,8 @@ KILL_SECONDS = 10.0  # between SIGTERM and SIGKILL for what is left then
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How an attempt ended: the launcher's exit code, and what each rank left in the folder of ENDS."""
+class TrainingExit:
+    """How a training ended: the launcher's exit code, and what each rank left in the folder of ENDS."""
 
     code: int
     ranks: dict[int, str]  # rank: "75 SIGTERM", "2 <cause>", "0"; or RUNNING when it was killed or raised
@@ -54,7 +54,7 @@ class Ended:
 
     @property
     def has_obeyed(self) -> bool:
-        """Of an attempt that was asked to stop: it did, and no rank died of something else meanwhile."""
+        """Whether a training that was asked to stop did so, and no rank died of something else in the meantime."""
         if not self.ranks:  # on other machines, or the signal came before the first one
             return self.code == EXIT_STOPPED or self.code < 0
         return all(said.split()[:1] == [str(EXIT_STOPPED)] for said in self.ranks.values())
@@ -68,8 +68,8 @@ class Ended:
         return f"exit code {self.code}"
 
 
-class Attempt:
-    """A training under way."""
+class TrainingProcess:
+    """A running training."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -82,18 +82,15 @@ class Attempt:
 
     def pass_on(self, number: signal.Signals) -> None:
         """A signal for each rank; for the launcher, where there is no rank yet and so nothing to save."""
-        ranks = [process for process in _below() if self._is_rank(process)]
+        ranks = [process for process in _descendants() if self._is_rank(process)]
         for process in ranks or [psutil.Process(self._launcher.pid)] if self._launcher.poll() is None else ranks:
-            try:
-                process.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
+            _signal(process, number)
 
-    def wait(self) -> Ended:
-        """Returns when nothing of it runs any more."""
+    def wait(self) -> TrainingExit:
+        """Returns when none of its processes is left."""
         code = self._launcher.wait()
-        left = [process for process in _below() if self._is_rank(process)]
-        for process in left:  # they will have seen that the launcher has gone; a rank that waits for others has not
+        left = [process for process in _descendants() if self._is_rank(process)]
+        for process in left:  # most have noticed that the launcher is gone; a rank that waits for others has not
             _signal(process, signal.SIGTERM)
         psutil.wait_procs(left, timeout=SAVE_SECONDS)
         _end_all()
@@ -101,7 +98,7 @@ class Attempt:
             int(path.name.removeprefix("rank-")): path.read_text(encoding="utf-8") for path in self._ends.glob("rank-*")
         }
         shutil.rmtree(self._ends, ignore_errors=True)
-        return Ended(code, ranks, orphaned=bool(left))
+        return TrainingExit(code, ranks, orphaned=bool(left))
 
     def _is_rank(self, process: psutil.Process) -> bool:
         """Runs the training script, and is neither a launcher with it among its arguments nor a rank's own child."""
@@ -115,7 +112,7 @@ class Attempt:
             return False
 
 
-def _below() -> list[psutil.Process]:
+def _descendants() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
@@ -127,13 +124,13 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def _end_all() -> None:
-    """Ends what an attempt has left: helpers of W&B, ranks that do not answer. They may start more while they end."""
+    """Ends what a training has left: helpers of W&B, ranks that do not answer. They may start more while they end."""
     deadline = time.monotonic() + 2 * KILL_SECONDS
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
-        left = _below()
+        left = _descendants()
         for process in left:
             _signal(process, number)
-        if not psutil.wait_procs(left, timeout=KILL_SECONDS)[1] and not _below():
+        if not psutil.wait_procs(left, timeout=KILL_SECONDS)[1] and not _descendants():
             return
         if time.monotonic() > deadline:
             return

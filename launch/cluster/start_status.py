@@ -1,4 +1,4 @@
-"""Whether this start of a job is still the job: what SLURM's controller and the run folder say of it."""
+"""Whether this start of a job is still the current one, as SLURM's controller and the run folder tell it."""
 
 import sys
 import time
@@ -11,17 +11,17 @@ CONTROLLER_SECONDS = 3600.0  # for the controller to answer, before the job give
 RETRY_SECONDS = 5.0
 
 
-class Standing:
-    """Of one start of a job."""
+class StartStatus:
+    """The status of one start of a job."""
 
     def __init__(self, job_id: str, restart: int) -> None:
         self._job_id = job_id
         self._restart = restart
         self._limit: float | None = None
-        self._is_away = False
+        self._is_unreachable = False
 
     def note_limit(self) -> None:
-        """Asks for the end of the job's time, while it runs: scancel sets it to the moment of the scancel."""
+        """Asks for the job's time limit while it runs: scancel sets it to the moment of the scancel."""
         facts = self.facts()
         self._limit = facts.end_time if facts else None
 
@@ -29,42 +29,44 @@ class Standing:
         return self._limit is not None and time.time() >= self._limit - 1.0
 
     def facts(self) -> JobFacts | None:
-        """What the queue says; None where the controller is away, or knows no such job."""
+        """What the queue says; None where the controller cannot be reached, or knows no such job."""
         try:
             found = job_facts(self._job_id)
         except TunesmithError:
-            self._is_away = True
+            self._is_unreachable = True
             return None
-        self._is_away = False
+        self._is_unreachable = False
         return found
 
     def was_restarted(self, facts: JobFacts | None) -> bool:
         return facts is not None and facts.restarts > self._restart
 
     def is_fenced_off(self) -> bool:
-        """Whether a newer start has the run folder. Quick: nobody is asked."""
+        """Whether a newer start has taken the run folder. Quick: it reads one file."""
         try:
             fence.check()
         except Superseded:
             return True
-        except OSError:  # the file system is away
+        except OSError:  # the file system cannot be reached
             return False
         return False
 
     def is_superseded(self) -> bool:
-        """Whether this node was cut off, and the job has been started again on others meanwhile.
+        """Whether this node was cut off, and the job has been started again on others.
 
-        Waits for the controller: what a node that is cut off says of the job is not what becomes of it.
+        Waits for the controller: a node that is cut off cannot know what has become of the job.
         """
         deadline, said = time.monotonic() + CONTROLLER_SECONDS, False
         while True:
             if self.is_fenced_off():
                 return True
             facts = self.facts()
-            if not self._is_away or time.monotonic() > deadline:
+            if not self._is_unreachable or time.monotonic() > deadline:
                 return self.was_restarted(facts)
             if not said:
                 said = True
-                sys.stdout.write(f"job: SLURM's controller does not answer; it is asked for {CONTROLLER_SECONDS:g} s\n")
+                sys.stdout.write(
+                    f"job: SLURM's controller does not answer; asking again for {CONTROLLER_SECONDS:g} s\n"
+                )
                 sys.stdout.flush()
             time.sleep(RETRY_SECONDS)
