@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
@@ -24,8 +24,6 @@ BLOCK = 1 << 20  # elements that are multiplied at once: 24 MiB of int64 beside 
 # Settings of these groups that change no weight, and so may change between two parts of a run.
 FREE = {f"optimizer.{name}" for name in ("max_skipped_steps", "on_spike", "spike_sigma", "max_rollbacks")}
 NOTED = {"schedule.epochs", "schedule.max_steps"}  # a finished run is extended by them
-# What a checkpoint was made with that was saved before there was such a setting.
-BEFORE = {"objective.kind": "sft", "objective.settings": {}}
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
 
 
@@ -52,7 +50,7 @@ def identity(config: Config, world: World, data: PreparedData) -> Identity:
 
 def compare(saved: Identity, current: Identity, allow: list[str], path: Path) -> list[str]:
     """Sentences on what differs and may. Raises TrainingError that names everything that differs and may not."""
-    both = [(saved.fingerprint.get(key, BEFORE.get(key)), now, key) for key, now in current.fingerprint.items()]
+    both = [(saved.fingerprint.get(key, default_of(key)), now, key) for key, now in current.fingerprint.items()]
     different = [(key, f"{key}: was {was}, is {now}") for was, now, key in both if was != now]
     refused = [(key, words) for key, words in different if key not in allow]
     if refused:
@@ -66,6 +64,21 @@ def compare(saved: Identity, current: Identity, allow: list[str], path: Path) ->
     both = [(was, current.noted.get(key), key) for key, was in saved.noted.items()]
     noted = [f"{key}: was {was}, is {now}" for was, now, key in both if was != now]
     return [f"since the checkpoint, {words}" for words in [words for _, words in different] + noted]
+
+
+def default_of(key: str) -> Any:
+    """The schema's default of a setting: what a checkpoint was made with that is older than the setting.
+
+    None for a key that is no setting, or must be given.
+    """
+    group, _, name = key.partition(".")
+    schema = get_type_hints(Config).get(group)
+    for entry in fields(schema) if is_dataclass(schema) else ():
+        if entry.name == name and entry.default is not MISSING:
+            return plain({name: entry.default})[name]
+        if entry.name == name and entry.default_factory is not MISSING:
+            return plain({name: entry.default_factory()})[name]
+    return None
 
 
 def check_allowed(allow: list[str], current: Identity) -> None:

@@ -195,7 +195,7 @@ def _moments(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _updates(state: dict[str, Any]) -> float | None:
-    return float(state["step"]) if "step" in state else None
+    return float(state.get("step", 0)) if state else None  # an optimizer that does not count has a state all the same
 
 
 def convert(source: Path, target: Path) -> None:

@@ -648,6 +648,12 @@ def test_more_steps_are_only_noted() -> None:
     assert compare(IDENTITY, longer, [], Path("x")) == ["since the checkpoint, schedule.max_steps: was 10, is 20"]
 
 
+def test_a_checkpoint_older_than_a_setting_was_made_with_its_default() -> None:
+    assert compare(IDENTITY, other(**{"objective.kind": "sft", "objective.settings": {}}), [], Path("old")) == []
+    with pytest.raises(TrainingError, match=r"objective.kind: was sft, is dpo"):
+        compare(IDENTITY, other(**{"objective.kind": "dpo"}), [], Path("old"))
+
+
 def test_allowing_what_is_not_compared_is_a_mistake() -> None:
     check_allowed(["seed", "owner", "base_weights"], IDENTITY)
     with pytest.raises(ConfigError, match=r"Did you mean optimizer\.learning_rate"):
