@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def make_records(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_records(47) is a JSONL file of conversations of uneven lengths, with assistant weights of 0 to 2."""
 
+    @cache
     def make(num_records: int, *, seed: int = 0, max_words: int = 8) -> Path:
         lots = random.Random(seed)
         words = "pot leaf seed water soil light app ring root sun moss fern lamp dry wet cold warm bloom"

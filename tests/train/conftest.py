@@ -118,6 +118,38 @@ class RankPool:
         self._processes = []
 
 
+@pytest.fixture(scope="session")
+def short_run(
+    make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path
+) -> Callable[..., list[str]]:
+    """short_run(2, 8, "schedule=cosine", records=40) is a command line: eight fp32 steps of a tiny llama at ZeRO 2.
+
+    What is given takes the place of what stands here.
+    """
+
+    def overrides(
+        stage: int, num_steps: int | None, *given: str, records: int = 47, model: Path | None = None
+    ) -> list[str]:
+        common = [
+            f"model.name_or_path={model or make_model()}",
+            f"data.train={make_records(records)}",
+            f"data.cache_dir={data_cache}",
+            f"engine={f'zero{stage}' if stage else 'ddp'}",
+            "engine.precision=fp32",
+            "batch.global_batch_size=8",
+            "batch.micro_batch_size=2",
+            "batch.sequence_length=96",
+            "schedule=constant",
+            "schedule.epochs=null",
+            f"schedule.max_steps={'null' if num_steps is None else num_steps}",
+            "optimizer.learning_rate=1e-3",
+            "track=none",
+        ]
+        return list({override.partition("=")[0]: override for override in [*common, *given]}.values())
+
+    return overrides
+
+
 @pytest.fixture
 def fp16() -> None:
     """Skips where DeepSpeed cannot train in fp16, which a CPU's model decides."""

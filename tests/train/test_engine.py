@@ -35,30 +35,9 @@ def once(ranks: Callable[[int], Any]) -> Once:
 
 
 @pytest.fixture(scope="module")
-def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+def overrides_of(short_run: Callable[..., list[str]]) -> OverridesOf:
     """Overrides of a small fp32 run of a stage, of a llama unless told otherwise."""
-    records = make_records(47)
-
-    def overrides(stage: int, *more: str, model: Path | None = None) -> list[str]:
-        return [
-            f"model.name_or_path={model or make_model()}",
-            f"data.train={records}",
-            f"data.cache_dir={data_cache}",
-            f"engine={f'zero{stage}' if stage else 'ddp'}",
-            "engine.precision=fp32",
-            "batch.global_batch_size=8",
-            "batch.micro_batch_size=2",
-            "batch.sequence_length=96",
-            "schedule=constant",
-            "schedule.epochs=null",
-            "schedule.max_steps=6",
-            "optimizer.learning_rate=1e-3",
-            "checkpoint.at_end=false",
-            "track=none",
-            *more,
-        ]
-
-    return overrides
+    return lambda stage, *more, model=None: short_run(stage, 6, "checkpoint.at_end=false", *more, model=model)
 
 
 def packed_against_alone(rank: Any, overrides: list[str]) -> dict[str, float]:

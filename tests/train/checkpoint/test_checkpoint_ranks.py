@@ -15,30 +15,12 @@ NUM_STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+def overrides_of(short_run: Callable[..., list[str]], make_model: Callable[..., Path]) -> OverridesOf:
     """Overrides of a short run with dropout, saved every two steps."""
-    records = make_records(40)
-
-    def overrides(stage: int, *more: str) -> list[str]:
-        return [
-            f"model.name_or_path={make_model(attention_dropout=0.1)}",
-            f"data.train={records}",
-            f"data.cache_dir={data_cache}",
-            f"engine={f'zero{stage}' if stage else 'ddp'}",
-            "engine.precision=fp32",
-            "batch.global_batch_size=4",
-            "batch.micro_batch_size=1",
-            "batch.sequence_length=96",
-            "schedule=cosine",
-            "schedule.epochs=null",
-            f"schedule.max_steps={NUM_STEPS}",
-            "optimizer.learning_rate=3e-3",
-            "checkpoint.every_steps=2",
-            "track=none",
-            *more,
-        ]
-
-    return overrides
+    own = ["batch.global_batch_size=4", "batch.micro_batch_size=1", "schedule=cosine", "checkpoint.every_steps=2"]
+    own += ["optimizer.learning_rate=3e-3"]
+    model = make_model(attention_dropout=0.1)
+    return lambda stage, *more: short_run(stage, NUM_STEPS, *own, *more, records=40, model=model)
 
 
 def in_pieces(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:

@@ -13,33 +13,11 @@ OverridesOf = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+def overrides_of(short_run: Callable[..., list[str]], make_records: Callable[..., Path]) -> OverridesOf:
     """Overrides of a short run in float32 on our kernels, with two forwards a step."""
-    records, validation, model = make_records(29), make_records(5, seed=1), make_model()
-
-    def overrides(*more: str) -> list[str]:
-        return [
-            "kernels=torch",
-            f"model.name_or_path={model}",
-            f"data.train={records}",
-            f"data.validation={validation}",
-            f"data.cache_dir={data_cache}",
-            "engine=ddp",
-            "engine.precision=fp32",
-            "batch.global_batch_size=4",
-            "batch.micro_batch_size=2",
-            "batch.sequence_length=96",
-            "schedule=constant",
-            "schedule.epochs=null",
-            f"schedule.max_steps={NUM_STEPS}",
-            "optimizer.learning_rate=3e-3",
-            "evaluate.every_steps=1000",
-            "checkpoint.every_steps=3",
-            "track=none",
-            *more,
-        ]
-
-    return overrides
+    own = ["kernels=torch", "batch.global_batch_size=4", "optimizer.learning_rate=3e-3", "checkpoint.every_steps=3"]
+    own += [f"data.validation={make_records(5, seed=1)}", "evaluate.every_steps=1000"]
+    return lambda *more: short_run(0, NUM_STEPS, *own, *more, records=29)
 
 
 def in_pieces(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:

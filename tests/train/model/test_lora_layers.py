@@ -392,33 +392,17 @@ def curve(rank: Any, overrides: list[str]) -> dict[str, Any]:
 )
 def test_the_loss_curve_is_pefts_at_every_stage(
     ranks: Callable[[int], Any],
+    short_run: Callable[..., list[str]],
     make_model: Callable[..., Path],
-    make_records: Callable[..., Path],
-    data_cache: Path,
     stage: int,
     model_type: str,
     adapter: str,
     checkpointing: str,
 ) -> None:
-    common = [
-        f"model.name_or_path={make_model(model_type, **(GPT2 if model_type == 'gpt2' else {}))}",
-        f"model.gradient_checkpointing={checkpointing}",
-        f"data.train={make_records(13)}",
-        f"data.cache_dir={data_cache}",
-        f"adapter={adapter}",
-        f"engine={f'zero{stage}' if stage else 'ddp'}",
-        "engine.precision=fp32",
-        *(NOTHING_STAYS if stage == 3 else []),
-        "batch.global_batch_size=4",
-        "batch.micro_batch_size=1",
-        "batch.sequence_length=96",
-        "schedule=constant",
-        "schedule.epochs=null",
-        "schedule.max_steps=3",
-        "optimizer.learning_rate=1e-2",
-        "checkpoint.at_end=false",
-        "track=none",
-    ]
+    own = [f"model.gradient_checkpointing={checkpointing}", f"adapter={adapter}", "checkpoint.at_end=false"]
+    own += ["batch.global_batch_size=4", "batch.micro_batch_size=1", "optimizer.learning_rate=1e-2"]
+    model = make_model(model_type, **(GPT2 if model_type == "gpt2" else {}))
+    common = short_run(stage, 3, *own, *(NOTHING_STAYS if stage == 3 else []), records=13, model=model)
     expected = ranks(2).run(curve, overrides=[*common, "kernels=off"])
     found = ranks(2).run(curve, overrides=[*common, "kernels=torch"])
     for ours, theirs in zip(found, expected, strict=True):

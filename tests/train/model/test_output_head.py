@@ -209,33 +209,13 @@ def register_odd_llama(tail: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+def overrides_of(short_run: Callable[..., list[str]], make_records: Callable[..., Path]) -> OverridesOf:
     """Overrides of a small fp32 run with an evaluation at its end."""
-    records, validation = make_records(47), make_records(9, seed=1)
+    own = ["batch.micro_batch_size=4", "batch.packing=none", "optimizer.learning_rate=3e-3", "checkpoint.at_end=false"]
+    own += [f"data.validation={make_records(9, seed=1)}", "evaluate.every_steps=1000", "evaluate.batch_size=2"]
 
     def overrides(*more: str, model: Path | None = None, adapter: str = "none", stage: int = 0) -> list[str]:
-        return [
-            f"model.name_or_path={model or make_model()}",
-            f"data.train={records}",
-            f"data.validation={validation}",
-            f"data.cache_dir={data_cache}",
-            *ADAPTERS[adapter],
-            f"engine={f'zero{stage}' if stage else 'ddp'}",
-            "engine.precision=fp32",
-            "batch.global_batch_size=8",
-            "batch.micro_batch_size=4",
-            "batch.sequence_length=96",
-            "batch.packing=none",
-            "schedule=constant",
-            "schedule.epochs=null",
-            f"schedule.max_steps={NUM_STEPS}",
-            "evaluate.every_steps=1000",
-            "evaluate.batch_size=2",
-            "optimizer.learning_rate=3e-3",
-            "checkpoint.at_end=false",
-            "track=none",
-            *more,
-        ]
+        return short_run(stage, NUM_STEPS, *own, *ADAPTERS[adapter], *more, model=model)
 
     return overrides
 

@@ -12,35 +12,11 @@ OverridesOf = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
-    records = make_records(37)
-
-    def overrides(stage: int, *more: str) -> list[str]:
-        return [
-            "objective=hinge",
-            f"model.name_or_path={make_model()}",
-            f"data.train={records}",
-            "data.validation_fraction=0.2",
-            f"data.cache_dir={data_cache}",
-            f"engine={f'zero{stage}' if stage else 'ddp'}",
-            "engine.precision=fp32",
-            "batch.global_batch_size=4",
-            "batch.micro_batch_size=1",
-            "batch.sequence_length=160",
-            "optimizer.learning_rate=1e-2",
-            "schedule=constant",
-            "schedule.epochs=null",
-            f"schedule.max_steps={NUM_STEPS}",
-            "evaluate.metric=eval/accuracy",
-            "evaluate.metric_goal=max",
-            "evaluate.every_steps=3",
-            "evaluate.generate=false",
-            "checkpoint.every_steps=2",
-            "track=none",
-            *more,
-        ]
-
-    return overrides
+def overrides_of(short_run: Callable[..., list[str]]) -> OverridesOf:
+    own = ["objective=hinge", "batch.global_batch_size=4", "batch.micro_batch_size=1", "batch.sequence_length=160"]
+    own += ["data.validation_fraction=0.2", "optimizer.learning_rate=1e-2", "checkpoint.every_steps=2"]
+    own += ["evaluate.metric=eval/accuracy", "evaluate.metric_goal=max", "evaluate.every_steps=3"]
+    return lambda stage, *more: short_run(stage, NUM_STEPS, *own, *more, records=37)
 
 
 def train(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> Any:

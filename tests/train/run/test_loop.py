@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,39 +74,17 @@ def train(rank: Any, overrides: list[str]) -> Curve:
 
 
 @pytest.fixture(scope="module")
-def curve_of(
-    ranks: Callable[[int], Any],
-    make_model: Callable[..., Path],
-    make_records: Callable[..., Path],
-    data_cache: Path,
-) -> CurveOf:
+def curve_of(ranks: Callable[[int], Any], short_run: Callable[..., list[str]]) -> CurveOf:
     """The curve of a run of the given split; a reference is run once."""
-    records = make_records(NUM_RECORDS)
     done: dict[str, Curve] = {}
 
     def curve(world_size: int, stage: int, micro: int, adapter: str, *more: str) -> Curve:
-        overrides = [
-            f"model.name_or_path={make_model()}",
-            f"data.train={records}",
-            f"data.cache_dir={data_cache}",
-            f"adapter={adapter}",
-            f"engine={f'zero{stage}' if stage else 'ddp'}",
-            "engine.precision=fp32",
-            *(NOTHING_STAYS if stage == 3 else []),
-            f"batch.global_batch_size={GLOBAL_BATCH}",
-            f"batch.micro_batch_size={micro}",
-            "batch.sequence_length=96",
-            "batch.packing=none",
-            f"optimizer.learning_rate={LEARNING_RATES[adapter]}",
-            "optimizer.weight_decay=0.1",
-            f"optimizer.max_grad_norm={MAX_GRAD_NORM}",
-            "schedule=linear",
-            f"schedule.epochs={EPOCHS}",
-            f"schedule.warmup_fraction={WARMUP_STEPS / NUM_STEPS}",
-            "checkpoint.at_end=false",
-            "track=none",
-            *more,
-        ]
+        own = [f"adapter={adapter}", f"batch.micro_batch_size={micro}", "batch.packing=none", "schedule=linear"]
+        own += [f"schedule.epochs={EPOCHS}", f"schedule.warmup_fraction={WARMUP_STEPS / NUM_STEPS}"]
+        own += [f"optimizer.learning_rate={LEARNING_RATES[adapter]}", "optimizer.weight_decay=0.1"]
+        own += [f"optimizer.max_grad_norm={MAX_GRAD_NORM}", "checkpoint.at_end=false"]
+        stays = NOTHING_STAYS if stage == 3 else []
+        overrides = short_run(stage, None, *own, *stays, *more, records=NUM_RECORDS)
         key = f"{world_size} {overrides}"
         if key not in done:
             on_ranks = ranks(world_size).run(train, overrides=overrides)

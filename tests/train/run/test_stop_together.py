@@ -13,27 +13,13 @@ NUM_STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def overrides(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> list[str]:
+def overrides(
+    short_run: Callable[..., list[str]], make_model: Callable[..., Path], make_records: Callable[..., Path]
+) -> list[str]:
     """A run with dropout and two forwards a step, that evaluates every three steps and saves every two."""
-    return [
-        f"model.name_or_path={make_model(attention_dropout=0.1)}",
-        f"data.train={make_records(47)}",
-        f"data.validation={make_records(9, seed=1)}",
-        f"data.cache_dir={data_cache}",
-        "engine=zero2",
-        "engine.precision=fp32",
-        "batch.global_batch_size=8",
-        "batch.micro_batch_size=2",
-        "batch.sequence_length=96",
-        "schedule=cosine",
-        "schedule.epochs=null",
-        f"schedule.max_steps={NUM_STEPS}",
-        "optimizer.learning_rate=3e-3",
-        "checkpoint.every_steps=2",
-        "evaluate.every_steps=3",
-        "evaluate.batch_size=1",
-        "track=none",
-    ]
+    own = ["schedule=cosine", "optimizer.learning_rate=3e-3", "checkpoint.every_steps=2"]
+    own += [f"data.validation={make_records(9, seed=1)}", "evaluate.every_steps=3", "evaluate.batch_size=1"]
+    return short_run(2, NUM_STEPS, *own, model=make_model(attention_dropout=0.1))
 
 
 def piece(rank: Any, overrides: list[str], run_dir: str, fault: str = "", seconds_left: float = 0) -> dict[str, Any]:

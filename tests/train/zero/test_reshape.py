@@ -37,31 +37,10 @@ OverridesOf = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+def overrides_of(short_run: Callable[..., list[str]], make_model: Callable[..., Path]) -> OverridesOf:
     """Overrides of a run with two groups of parameters, without dropout, which each rank draws for itself."""
-    records = make_records(47)
-
-    def overrides(stage: int, *more: str) -> list[str]:
-        return [
-            f"model.name_or_path={make_model(**UNEVEN)}",
-            f"data.train={records}",
-            f"data.cache_dir={data_cache}",
-            f"engine={f'zero{stage}' if stage else 'ddp'}",
-            "engine.precision=fp32",
-            "batch.global_batch_size=8",
-            "batch.micro_batch_size=2",
-            "batch.sequence_length=96",
-            "schedule=cosine",
-            "schedule.epochs=null",
-            f"schedule.max_steps={NUM_STEPS}",
-            "optimizer.learning_rate=1e-3",
-            "optimizer.weight_decay=0.1",
-            "checkpoint.every_steps=null",
-            "track=none",
-            *more,
-        ]
-
-    return overrides
+    own = ["schedule=cosine", "optimizer.weight_decay=0.1", "checkpoint.every_steps=null"]
+    return lambda stage, *more: short_run(stage, NUM_STEPS, *own, *more, model=make_model(**UNEVEN))
 
 
 def piece(rank: Any, overrides: list[str], run_dir: str, num_steps: int, source: str | None = None) -> dict[str, Any]:

@@ -67,31 +67,14 @@ def residency(rank: Any, overrides: list[str]) -> dict[str, Any]:
 )
 def test_gathered_weights_are_released_again(
     ranks: Callable[[int], Any],
+    short_run: Callable[..., list[str]],
     make_model: Callable[..., Path],
-    make_records: Callable[..., Path],
-    data_cache: Path,
     adapter: str,
     checkpointing: str,
 ) -> None:
-    overrides = [
-        f"model.name_or_path={make_model(num_hidden_layers=NUM_LAYERS)}",
-        f"model.gradient_checkpointing={checkpointing}",
-        f"data.train={make_records(47)}",
-        f"data.cache_dir={data_cache}",
-        *f"adapter={adapter}".split(),
-        "engine=zero3",
-        "engine.precision=fp32",
-        *NOTHING_STAYS,
-        "batch.global_batch_size=8",
-        "batch.micro_batch_size=2",
-        "batch.sequence_length=96",
-        "schedule=constant",
-        "schedule.epochs=null",
-        "schedule.max_steps=3",
-        "optimizer.learning_rate=1e-3",
-        "checkpoint.at_end=false",
-        "track=none",
-    ]
+    own = [f"model.gradient_checkpointing={checkpointing}", *f"adapter={adapter}".split(), *NOTHING_STAYS]
+    model = make_model(num_hidden_layers=NUM_LAYERS)
+    overrides = short_run(3, 3, *own, "checkpoint.at_end=false", model=model)
     for found in ranks(2).run(residency, overrides=overrides):
         assert found["whole"] / 2 <= found["parts"] < found["whole"] / 2 * 1.02  # two ranks, and a little padding
         assert found["before"] == 0

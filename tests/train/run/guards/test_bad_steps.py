@@ -12,29 +12,9 @@ OverridesOf = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+def overrides_of(short_run: Callable[..., list[str]]) -> OverridesOf:
     """Two ranks, two micro batches of two packed sequences each."""
-    records = make_records(200)
-
-    def overrides(stage: int, *more: str) -> list[str]:
-        return [
-            f"model.name_or_path={make_model()}",
-            f"data.train={records}",
-            f"data.cache_dir={data_cache}",
-            f"engine={f'zero{stage}' if stage else 'ddp'}",
-            "engine.precision=fp32",
-            "batch.global_batch_size=8",
-            "batch.micro_batch_size=2",
-            "batch.sequence_length=96",
-            "schedule=constant",
-            "schedule.epochs=null",
-            "schedule.max_steps=5",
-            "checkpoint.at_end=false",
-            "track=none",
-            *more,
-        ]
-
-    return overrides
+    return lambda stage, *more: short_run(stage, 5, "checkpoint.at_end=false", *more, records=200)
 
 
 def spoiled_run(rank: Any, overrides: list[str], run_dir: str, faults: str, poison_gradients: bool = False) -> Any:

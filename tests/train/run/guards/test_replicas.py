@@ -1,7 +1,6 @@
 """A bit that flips in one rank's weights is found at the next check, and the rank is named where that can be told."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,29 +13,10 @@ SLOW = [(0, "none"), (1, "lora"), (3, "none")]
 
 
 @pytest.fixture(scope="module")
-def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
-    records = make_records(47)
-
-    def overrides(stage: int, adapter: str, *more: str) -> list[str]:
-        return [
-            f"model.name_or_path={make_model()}",
-            f"data.train={records}",
-            f"data.cache_dir={data_cache}",
-            f"adapter={adapter}",
-            f"engine={f'zero{stage}' if stage else 'ddp'}",
-            "batch.global_batch_size=12",
-            "batch.micro_batch_size=1",
-            "batch.sequence_length=96",
-            "schedule=constant",
-            "schedule.epochs=null",
-            "schedule.max_steps=8",
-            "checkpoint.at_end=false",
-            "track=none",
-            "cluster.check_replicas_every=2",
-            *more,
-        ]
-
-    return overrides
+def overrides_of(short_run: Callable[..., list[str]]) -> OverridesOf:
+    batch = ["batch.global_batch_size=12", "batch.micro_batch_size=1"]
+    own = [*batch, "engine.precision=bf16", "checkpoint.at_end=false", "cluster.check_replicas_every=2"]
+    return lambda stage, adapter, *more: short_run(stage, 8, *own, f"adapter={adapter}", *more)
 
 
 def flipped_run(rank: Any, overrides: list[str], fault: str) -> dict[str, Any]:

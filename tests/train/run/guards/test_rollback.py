@@ -24,31 +24,15 @@ OverridesOf = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def overrides_of(make_model: Callable[..., Path], make_records: Callable[..., Path], data_cache: Path) -> OverridesOf:
+def overrides_of(short_run: Callable[..., list[str]], make_model: Callable[..., Path]) -> OverridesOf:
     """Overrides of a run with dropout, long enough for spikes to be told from noise."""
-    records = make_records(47)
+    own = ["schedule=cosine", "optimizer.on_spike=rollback", f"checkpoint.every_steps={EVERY_STEPS}"]
+    model = make_model(attention_dropout=0.1)
 
     def overrides(stage: int, adapter: str, *more: str) -> list[str]:
-        return [
-            f"model.name_or_path={make_model(attention_dropout=0.1)}",
-            f"data.train={records}",
-            f"data.cache_dir={data_cache}",
-            *(["adapter=lora", "adapter.dropout=0.1"] if adapter == "lora" else ["adapter=none"]),
-            f"engine={f'zero{stage}' if stage else 'ddp'}",
-            "engine.precision=fp32",
-            *(NOTHING_STAYS if stage == 3 else []),
-            "batch.global_batch_size=8",
-            "batch.micro_batch_size=2",
-            "batch.sequence_length=96",
-            "schedule=cosine",
-            "schedule.epochs=null",
-            f"schedule.max_steps={NUM_STEPS}",
-            "optimizer.learning_rate=1e-3",
-            "optimizer.on_spike=rollback",
-            f"checkpoint.every_steps={EVERY_STEPS}",
-            "track=none",
-            *more,
-        ]
+        adapters = ["adapter=lora", "adapter.dropout=0.1"] if adapter == "lora" else ["adapter=none"]
+        stays = NOTHING_STAYS if stage == 3 else []
+        return short_run(stage, NUM_STEPS, *own, *adapters, *stays, *more, model=model)
 
     return overrides
 
