@@ -122,7 +122,7 @@ def test_a_link_that_is_cut_between_two_nodes_is_one_cause_line_and_the_job_goes
 
 
 def test_a_node_that_is_not_fit_is_named_and_left_out(job, own_slurm):
-    """Its shared memory is full: NCCL and the board of the ranks could not use it."""
+    """Its shared memory is full: NCCL and the table of the ranks could not use it."""
 
     def give_shared_memory(size: str) -> None:
         own_slurm.verb("exec", "n1", "mount", "-o", f"remount,size={size}", "/dev/shm")

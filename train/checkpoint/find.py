@@ -264,9 +264,8 @@ def _check_digests(found: FoundCheckpoint, world: World) -> tuple[str, str]:
 
 
 def _check_types(found: FoundCheckpoint, world: World) -> str:
-    from tunesmith.train.zero.checkpoint_engine import (
-        foreign_types,  # loads DeepSpeed, which picks its accelerator then
-    )
+    # Here, as it loads DeepSpeed, which picks its accelerator then.
+    from tunesmith.train.zero.checkpoint_engine import foreign_types
 
     for name, _ in _share(found, world):
         if name.endswith(".pt") and (types := foreign_types(found.path / name)):

@@ -49,10 +49,10 @@ def _stat(pid: int) -> list[str]:
 
 def num_oom_kills() -> int:
     """How often the kernel has killed for lack of memory: in this process's cgroup, else on the host."""
-    for file, word in ((_memory_events(), "oom_kill"), (Path("/proc/vmstat"), "oom_kill")):
+    for file in (_memory_events(), Path("/proc/vmstat")):
         try:
             rows = dict(line.split() for line in file.read_text().splitlines())
-            return int(rows[word])
+            return int(rows["oom_kill"])
         except (OSError, KeyError, ValueError):
             continue
     return 0
