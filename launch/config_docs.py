@@ -30,7 +30,7 @@ Written by `python -m tunesmith.launch.config_docs` from the schema (`train/conf
 and the files of `conf/`; a test fails when it is stale. `python launch/train.py --help` lists the groups, `... --cfg`
 prints the config that a command line makes.
 
-## How to say it
+## How to write it
 
 | you write | it means |
 |---|---|
@@ -41,9 +41,9 @@ prints the config that a command line makes.
 | `schedule.epochs=null schedule.max_steps=500` | no value for one, a value for the other |
 | `engine.deepspeed.zero_optimization.reduce_bucket_size=50000000` | a raw DeepSpeed key |
 
-The last word counts: the command line, then the experiment, then the option of the group, then `conf/config.yaml`.
+What wins: the command line, then the experiment, then the option of the group, then `conf/config.yaml`.
 A key that does not exist, a value that does not fit and settings that contradict each other end the run before anything
-is loaded, with the key, the file and line it stands in, and what to do.
+is loaded, with the key, its file and line, and what to do.
 
 **Your own files.** `--config-dir my_conf` searches `my_conf/` beside `conf/`: `my_conf/exp/my_bot.yaml` is
 `+exp=my_bot`, `my_conf/model/mine.yaml` is `model=mine`. An experiment starts like this:

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from tunesmith.train.redact import names_a_secret
 
-# What deepspeed exports by itself, on the command line of pdsh: EXPORT_ENVS of its runner, and those of CUDA.
+# What deepspeed exports on the command line of pdsh: EXPORT_ENVS of its runner, and those of CUDA.
 ON_COMMAND_LINES = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 NEEDED = "PYTHONPATH"  # by deepspeed's own process there, which starts the ranks
 
 
 def chosen(wanted: Sequence[str], env: Mapping[str, str]) -> dict[str, str]:
-    """The variables that cluster.env lists: a name, a prefix such as NCCL_*, or NAME=value. A later one counts."""
+    """The variables that cluster.env lists: a name, a prefix such as NCCL_*, or NAME=value. The last one wins."""
     found: dict[str, str] = {}
     for item in wanted:
         name, equals, value = item.partition("=")
@@ -24,7 +24,7 @@ def chosen(wanted: Sequence[str], env: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_secrets(env: Mapping[str, str]) -> dict[str, str]:
-    """For a launcher that puts variables on command lines: without those it would put there, and without secrets."""
+    """For a launcher that puts variables on command lines: without the ones it would put there, and without secrets."""
     return {name: value for name, value in env.items() if not _would_be_seen(name)}
 
 

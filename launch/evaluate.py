@@ -1,4 +1,4 @@
-"""Asks a finished run every question of a file and compares its answers.
+"""Asks a finished run every question of a file, and compares its answers.
 
     python launch/evaluate.py run=<run folder> data=<file.jsonl>
     also: batch_size=64 max_new_tokens=256 out=<answers.jsonl>

@@ -1,4 +1,4 @@
-"""Ranks on the machines of a hostfile, from a look at the machines to the exit code."""
+"""Ranks on the machines of a hostfile, from the pre-flight to the exit code."""
 
 import contextlib
 import os
@@ -23,39 +23,39 @@ from tunesmith.train.errors import TrainingError
 from tunesmith.train.ranks.stop import SIGNALS
 from tunesmith.train.watch.node_facts import NodeFacts, judge
 
-# A host whose link is cut would keep ssh waiting for hours: it is asked every 15 s, and given up after a minute.
+# ssh would wait for hours for a host whose link is cut: it asks every 15 s, and gives up after a minute.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 SSH_AT_ONCE = 32  # connections that are opened at the same time
-LOOK_SECONDS = 90.0  # for a host to be looked at; nvidia-smi alone may take 30
-KILL_SECONDS = 30.0  # for a signal to be brought to a host
-LONELY_SECONDS = 60.0  # after a host has ended with an error: what the others take to notice by themselves
+CHECK_SECONDS = 90.0  # for the pre-flight of a host; nvidia-smi alone may take 30
+KILL_SECONDS = 30.0  # for a signal to reach a host
+ABANDONED_SECONDS = 60.0  # after a host has ended with an error, for the others to notice by themselves
 POLL_SECONDS = 0.2
 ENDED = re.compile(rb"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 
 
-def look_at_hosts(hosts: Sequence[Host], hostfile: Path, run_dir: Path, folder: Path, device: Device) -> None:
-    """The pre-flight of launch/preflight.py on each host. Raises TrainingError that names the one that is not fit.
+def check_hosts(hosts: Sequence[Host], hostfile: Path, run_dir: Path, folder: Path, device: Device) -> None:
+    """The pre-flight of launch/preflight.py on each host. Raises TrainingError that names the unfit ones.
 
-    Where one host has an NVIDIA driver, all are to have as many GPUs as the hostfile's least slots, unless device=cpu.
+    Where one host has an NVIDIA driver, all need as many GPUs as the hostfile's fewest slots, unless device=cpu.
     """
     nonce = preflight.begin(folder / "preflight")
     command = preflight.command(folder / "preflight", run_dir, nonce)
     with ThreadPoolExecutor(SSH_AT_ONCE) as pool:
-        facts = list(pool.map(lambda host: _look_at(host, hostfile, command), hosts))
+        facts = list(pool.map(lambda host: _check_host(host, hostfile, command), hosts))
     wants_gpus = device is Device.cuda or (device is Device.auto and any(item.gpus for item in facts))
     gpus = min(host.slots for host in hosts) if wants_gpus else None
     if sick := judge(facts, gpus=gpus, run_dir=str(run_dir)):
         raise TrainingError(" ".join(map(str, sick[:3])), at=str(hostfile), do=sick[0].do)
 
 
-def _look_at(host: Host, hostfile: Path, command: Sequence[str]) -> NodeFacts:
+def _check_host(host: Host, hostfile: Path, command: Sequence[str]) -> NodeFacts:
     variables = [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if os.environ.get("PYTHONPATH") else []
     there = shlex.join(["env", "-C", str(Path.cwd()), *variables, *command])
     asked = time.time()
     try:
-        done = _ssh(host, there, LOOK_SECONDS)
+        done = _ssh(host, there, CHECK_SECONDS)
     except subprocess.TimeoutExpired:
-        raise _unreachable(host, hostfile, f"no answer within {LOOK_SECONDS:g} s") from None
+        raise _unreachable(host, hostfile, f"no answer within {CHECK_SECONDS:g} s") from None
     found = preflight.printed(done.stdout)
     if found:
         return replace(found[0], node=host.name, asked=asked, answered=time.time())
@@ -66,7 +66,7 @@ def _look_at(host: Host, hostfile: Path, command: Sequence[str]) -> NodeFacts:
     raise TrainingError(
         f"node {host.name} cannot run Tunesmith: {reason}",
         at=f"{hostfile}:{host.line}",
-        do=f"see that {sys.executable} and {Path.cwd()} are there, at the same place, with Tunesmith installed.",
+        do=f"make sure that {sys.executable} and {Path.cwd()} exist there, with Tunesmith installed.",
     )
 
 
@@ -74,7 +74,7 @@ def _unreachable(host: Host, hostfile: Path, reason: str) -> TrainingError:
     return TrainingError(
         f"node {host.name} cannot be reached with ssh: {reason}",
         at=f"{hostfile}:{host.line}",
-        do=f"make `ssh {host.name} true` work without a password, or take out the line.",
+        do=f"make `ssh {host.name} true` work without a password, or remove the line.",
     )
 
 
@@ -97,7 +97,7 @@ class HostRun:
         self._start = start
         self._asked: signal.Signals | None = None
         self._signalled: set[int] = set()  # ranks
-        self._lonely_since: float | None = None
+        self._host_failed_at: float | None = None
         env = dict(env) | {"PDSH_SSH_ARGS_APPEND": f"{env.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()}
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
@@ -107,7 +107,7 @@ class HostRun:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us
+            start_new_session=True,  # Ctrl-C reaches this process alone
         )
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -117,15 +117,15 @@ class HostRun:
             pump.start()
 
     def run(self) -> int:
-        """Waits for the end; the exit code of the ranks that came out highest, as pdsh gives it."""
+        """Waits for the end; returns the highest exit code of the ranks, as pdsh gives it."""
         slots = sum(host.slots for host in self._hosts)
         while self._process.poll() is None:
             ranks = start_file.ranks_of(self._start)
             if len(ranks) >= slots and self._start.exists():
-                self._start.unlink()  # there may be secrets in it, and nobody needs it any more
+                self._start.unlink()  # it may hold secrets, and nobody needs it any more
             if self._asked:
                 self._pass_on(self._asked, ranks)
-            elif self._lonely_since and time.monotonic() - self._lonely_since > LONELY_SECONDS:
+            elif self._host_failed_at and time.monotonic() - self._host_failed_at > ABANDONED_SECONDS:
                 self._pass_on(signal.SIGTERM, ranks)
             time.sleep(POLL_SECONDS)
         for pump in self._pumps:
@@ -136,7 +136,7 @@ class HostRun:
         self._asked = self._asked or signal.Signals(number)
 
     def _pass_on(self, number: signal.Signals, ranks: Mapping[int, start_file.RankProcess]) -> None:
-        """To the ranks that have not had it yet; one that starts later gets it as soon as it says that it is there."""
+        """Sends it to the ranks that have not had it yet; a later rank gets it once it has reported its start."""
         waiting = {rank: process for rank, process in ranks.items() if rank not in self._signalled}
         self._signalled |= set(waiting)
         of_hosts: dict[int, list[str]] = {}
@@ -155,8 +155,8 @@ class HostRun:
     def _pump(self, source: IO[bytes], target: IO[bytes]) -> None:
         for line in source:
             match = ENDED.match(line)
-            if match and self._lonely_since is None:
-                self._lonely_since = time.monotonic()
+            if match and self._host_failed_at is None:
+                self._host_failed_at = time.monotonic()
             with contextlib.suppress(OSError):
                 target.write(line)
                 target.flush()

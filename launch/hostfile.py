@@ -1,4 +1,4 @@
-"""A hostfile as deepspeed reads it: a line `name slots=8` for each host, and how many ranks it takes."""
+"""A hostfile as deepspeed reads it: a line `name slots=8` for each host, with the number of its ranks."""
 
 import re
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def read_hostfile(path: Path) -> list[Host]:
         host = _host(content, path, number)
         if host.name in hosts:
             raise ConfigError(
-                f"{host.name} stands in the hostfile twice, in line {hosts[host.name].line} too.",
+                f"{host.name} is in the hostfile twice, in line {hosts[host.name].line} too.",
                 at=f"{path}:{number}",
                 do="keep one line for each host.",
             )
@@ -48,9 +48,9 @@ def read_hostfile(path: Path) -> list[Host]:
 def _host(content: str, path: Path, number: int) -> Host:
     match = LINE.fullmatch(content)
     if match is None:
-        raise ConfigError(f"{content[:100]!r} is no host.", at=f"{path}:{number}", do=WRITE)
+        raise ConfigError(f"{content[:100]!r} is not a host.", at=f"{path}:{number}", do=WRITE)
     if int(match["slots"]) < 1:
         raise ConfigError(
-            f"{match['name']} has no slots.", at=f"{path}:{number}", do="give it one, or take out the line."
+            f"{match['name']} has no slots.", at=f"{path}:{number}", do="give it one, or remove the line."
         )
     return Host(match["name"], int(match["slots"]), number)

@@ -3,12 +3,12 @@
     python launch/hosts.py +exp=support_bot cluster.hostfile=hosts key=value ...
     python launch/hosts.py --dry-run +exp=...      print the command that would run, and end
 
-The hostfile has a line `name slots=8` for each machine. Each is looked at first; then deepspeed starts the ranks
-there, with these overrides and the variables that cluster.env lists. Ctrl-C, SIGTERM or SIGUSR1: the ranks save, and
-end with 75.
+The hostfile has a line `name slots=8` for each machine. Each is checked first; then deepspeed starts the ranks
+there, with these overrides and the variables that cluster.env lists. On Ctrl-C, SIGTERM or SIGUSR1 the ranks save, and
+exit with 75.
 
 Options:
-    --dry-run              look at the hostfile and the config, not at the machines
+    --dry-run              check the hostfile and the config, not the machines
     --master-port 29500    of the first machine, where the ranks meet
     --config-dir <folder>  search your own yaml files too, as in launch/train.py; all machines need to see it
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from tunesmith.launch import start_file
 from tunesmith.launch.arguments import main, sets, show_help, take_option
 from tunesmith.launch.environment import chosen, without_secrets
-from tunesmith.launch.host_run import HostRun, look_at_hosts
+from tunesmith.launch.host_run import HostRun, check_hosts
 from tunesmith.launch.hostfile import Host, read_hostfile
 from tunesmith.train.config.config import ClusterKind, Device
 from tunesmith.train.errors import ConfigError
@@ -33,7 +33,7 @@ from tunesmith.train.ranks.stop import end
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # what the shell on the other machine leaves as it is
-OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
+SET_BY_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
 DEEPSPEED_ENV = ".deepspeed_env"
 
 
@@ -70,7 +70,7 @@ def hosts(arguments: list[str]) -> None:
     path = start_file.write(launch.run_dir, launch.arguments, launch.env)
     try:
         if launch.preflight:
-            look_at_hosts(launch.hosts, launch.hostfile, launch.run_dir, path.parent, launch.device)
+            check_hosts(launch.hosts, launch.hostfile, launch.run_dir, path.parent, launch.device)
         code = HostRun(command(launch, path), environment(os.environ), launch.hosts, path).run()
     finally:
         shutil.rmtree(path.parent, ignore_errors=True)
@@ -80,7 +80,7 @@ def hosts(arguments: list[str]) -> None:
 
 
 def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
-    """From the command line; raises ConfigError. Looks at files, not at machines."""
+    """From the command line; checks files, not machines. Raises ConfigError."""
     from tunesmith.train.config.compose import compose_config
     from tunesmith.train.files import run_folder
 
@@ -113,7 +113,7 @@ def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
         if not PLAIN.fullmatch(env.get("PYTHONPATH", "-")):
             raise _not_plain(env["PYTHONPATH"], "PYTHONPATH")
         variables = chosen(cluster.env, env)
-    for name in OF_THE_LAUNCHER:
+    for name in SET_BY_THE_LAUNCHER:
         variables.pop(name, None)
     kept = [override for override in overrides if not sets(override, "output_dir")]
     sent = [*(["--config-dir", str(own)] if own else []), *kept, f"output_dir={run_dir}"]
@@ -122,7 +122,7 @@ def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
 
 def _not_plain(text: str, what: str) -> ConfigError:
     return ConfigError(
-        f"{text!r} has characters that deepspeed does not bring to another machine as they are.",
+        f"{text!r} has characters that deepspeed does not pass on to another machine unchanged.",
         at=what,
         do="use a folder of letters, digits and _ . - +.",
     )

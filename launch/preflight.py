@@ -1,9 +1,9 @@
-"""Looks at a node before ranks start there: one task on each node of a job.
+"""Checks a node before ranks start there: one task on each node of a job.
 
     srun --ntasks-per-node=1 python -m tunesmith.launch.preflight --out <folder> --run-dir <run> --nonce <text>
 
-It writes <folder>/<node>.json, whole or not at all, and prints the same as one line: a node that does not share the
-folder is still heard. The driver on the first node calls begin() before, and verdict() after it.
+It writes <folder>/<node>.json, whole or not at all, and prints the same as one line, so that a node that does not share
+the folder is heard too. The driver on the first node calls begin() before, and sick_nodes() after it.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from pathlib import Path
 from tunesmith.train.watch.node_facts import SHARE, NodeFacts, Sick, judge, look
 
 NONCE, BEGAN = "nonce", "began"
-REPORT = "preflight-report "  # how the line begins that a node prints
+REPORT = "preflight-report "  # the beginning of the line that a node prints
 
 
 def begin(out: Path) -> str:
-    """Makes the folder of the reports, and in it a nonce that the nodes are to see; returns it. On the first node."""
+    """On the first node: makes the folder of the reports, with a nonce that the nodes must see; returns the nonce."""
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.json"):
         old.unlink()
@@ -33,18 +33,18 @@ def begin(out: Path) -> str:
 
 
 def command(out: Path, run_dir: Path, nonce: str) -> list[str]:
-    """What srun is to start, once on each node."""
+    """The command that srun starts once on each node."""
     module = "tunesmith.launch.preflight"
     return [sys.executable, "-P", "-m", module, "--out", str(out), "--run-dir", str(run_dir), "--nonce", nonce]
 
 
 def report(out: Path, run_dir: Path, nonce: str) -> bool:
-    """Tells of this node; False when its report could not be written into the folder."""
+    """Reports on this node; False when the report could not be written into the folder."""
     facts = look(run_dir, out / NONCE, nonce)
     sys.stdout.write(f"{REPORT}{facts.as_json()}\n")
     sys.stdout.flush()
     if not facts.sees_folder:
-        sys.stderr.write(f"{facts.node}: {out / NONCE}, which the first node has written, is not to be seen here\n")
+        sys.stderr.write(f"{facts.node}: {out / NONCE}, which the first node has written, cannot be seen here\n")
         return False
     try:
         _write(out / f"{facts.node}.json", facts.as_json())
@@ -63,15 +63,15 @@ def _write(path: Path, text: str) -> None:
         staged.unlink(missing_ok=True)
 
 
-def verdict(out: Path, nodes: Sequence[str], *, gpus: int | None, said: str = "") -> list[Sick]:
-    """The nodes that are not to train, and why. On the first node, as soon as the step has ended.
+def sick_nodes(out: Path, nodes: Sequence[str], *, gpus: int | None, said: str = "") -> list[Sick]:
+    """The nodes that must not train, and why. Called on the first node, as soon as the step has ended.
 
-    Sick.node is empty where the reason is no node's own: the run folder is not shared, or its disk is full.
+    Sick.node is empty where it is not the fault of one node: the run folder is not shared, or its disk is full.
 
     Args:
         nodes: as the scheduler names them, the first one first.
-        gpus: each node is to have at least so many; None: any number.
-        said: what the step has printed.
+        gpus: each node must have at least so many; None: any number.
+        said: the output of the step.
     """
     began, ended = float((out / BEGAN).read_text(encoding="utf-8")), time.time()
     found = {facts.node: facts for facts in printed(said)} | {facts.node: facts for facts in _written(out, nodes)}
@@ -99,7 +99,7 @@ def _written(out: Path, nodes: Sequence[str]) -> list[NodeFacts]:
 
 
 def printed(said: str) -> list[NodeFacts]:
-    """What nodes have told in the output of their tasks."""
+    """The reports in the output of the tasks."""
     found = []
     for line in said.splitlines():
         _, begins, text = line.partition(REPORT)
@@ -112,7 +112,7 @@ def printed(said: str) -> list[NodeFacts]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description="Looks at this node before ranks start on it.")
+    parser = argparse.ArgumentParser(description="Checks this node before ranks start on it.")
     parser.add_argument("--out", type=Path, required=True, help="the folder of the reports")
     parser.add_argument("--run-dir", type=Path, required=True, help="the run folder, which need not be there yet")
     parser.add_argument("--nonce", required=True, help="what the first node has written to OUT/nonce")

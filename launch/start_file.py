@@ -2,8 +2,8 @@
 
     python launch/train.py --start <file>
 
-On a command line both would be seen by everyone on those machines, and read by a shell there. launch/hosts.py writes
-the file into the run folder, and takes it away as soon as every rank has said that it has read it.
+On a command line everyone on those machines could see both, and a shell there would read them. launch/hosts.py writes
+the file into the run folder, and removes it as soon as every rank has reported that it has read it.
 """
 
 import json
@@ -19,11 +19,11 @@ from pathlib import Path
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.watch.node_facts import node_name
 
-FOLDER = ".tunesmith-start-"  # a name that makes no run folder look used
+FOLDER = ".tunesmith-start-"  # a run folder with nothing but this does not count as used
 FILE = "start.json"
-WAIT_SECONDS = 15.0  # that a network file system may take to show it
+WAIT_SECONDS = 15.0  # that a network file system may need to show it
 BEFORE_PYTHON = ("LD_", "PYTHON")  # what is read before a program's first line runs
-STARTED_ANEW = "TUNESMITH_STARTED_ANEW"
+RESTARTED = "TUNESMITH_STARTED_ANEW"
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ def ranks_of(path: Path) -> dict[int, RankProcess]:
 
 
 def take(path: Path) -> list[str]:
-    """In a rank: sets the variables, says that it has read them, and returns the arguments. Raises ConfigError."""
+    """In a rank: sets the variables, reports that it has read them, and returns the arguments. Raises ConfigError."""
     tree = _read(path)
     changes = {name: value for name, value in tree["env"].items() if os.environ.get(name) != value}
     os.environ.update(changes)
-    if STARTED_ANEW not in os.environ and any(name.startswith(BEFORE_PYTHON) for name in changes):
-        os.environ[STARTED_ANEW] = "1"
+    if RESTARTED not in os.environ and any(name.startswith(BEFORE_PYTHON) for name in changes):
+        os.environ[RESTARTED] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     rank = int(os.environ.get("RANK", "0"))
     mine = RankProcess(node_name(), int(os.environ.get("CROSS_RANK", "0")), os.getpid())
@@ -82,7 +82,7 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
             raise ConfigError(
                 f"{node_name()} does not see the file that launch/hosts.py has written.",
                 at=f"--start {path}",
-                do="choose an output_dir that all hosts share; where it is shared, that start is over: start again.",
+                do="choose an output_dir that all hosts share; if they do share it, that start has ended: start again.",
             )
         time.sleep(0.1)
     info = path.stat()

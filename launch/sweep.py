@@ -4,7 +4,7 @@
     python launch/sweep.py -m +exp=support_bot +sweep=lora hydra.sweeper.n_trials=40
     python launch/sweep.py -m +exp=support_bot hydra/sweeper=optuna 'optimizer.learning_rate=interval(1e-5,1e-3)'
 
-The same command goes on with a sweep that was stopped or killed; given twice, the two share the trials.
+The same command continues a sweep that was stopped or killed; given twice, the two share the trials.
 
 Options:
     -m, --multirun         needed: one training is launch/train.py
@@ -17,7 +17,7 @@ from tunesmith.train.errors import ConfigError
 
 
 def sweep(arguments: list[str]) -> None:
-    """Runs it, where what it needs is installed."""
+    """Runs the sweep, where its packages are installed."""
     try:
         from tunesmith.launch.sweeping import command
     except ModuleNotFoundError as error:

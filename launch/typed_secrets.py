@@ -1,4 +1,4 @@
-"""Secrets on a command line that is written down are refused: of a sweep, which repeats it, and of a job's script."""
+"""Refuses secrets on a command line that is written to files: by a sweep, or into the script of a job."""
 
 from collections.abc import Iterable
 
@@ -8,11 +8,11 @@ from tunesmith.train.redact import redact, redact_text
 
 
 def refuse_secrets(overrides: Iterable[str], at: str, what: str = "a sweep") -> None:
-    """Raises ConfigError for the first that holds one, without quoting it.
+    """Raises ConfigError for the first override that holds one, without quoting it.
 
     Args:
-        at: where they stand.
-        what: would write them down.
+        at: where they come from.
+        what: would write them to a file.
     """
     for text in overrides:
         key = text.split("=", 1)[0]

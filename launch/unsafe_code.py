@@ -1,8 +1,8 @@
-"""Finds code that could run what it reads, where ruff cannot say it: `make lint` calls it after ruff.
+"""Finds code that could run what it reads and that ruff cannot find; `make lint` calls it after ruff.
 
     python -m tunesmith.launch.unsafe_code [file or folder ...]    the whole tree where none is given
 
-Each finding is a line `file:line: code what`. One that must be is marked on its line, with the reason:
+Each finding is a line `file:line: code what`. An exception is marked on its line, with the reason:
 `# noqa: TS002 - a type, nothing is read`. Ruff's own security rules want a reason too.
 """
 
@@ -28,7 +28,7 @@ OBJECT_COLLECTIVES = frozenset(
     | {"send_object_list", "recv_object_list", "isend_object_list", "irecv_object_list"}
 )
 RUNS_A_NAME = frozenset({"instantiate", "register_new_resolver", "register_resolver"})
-# A reason is asked for where a rule that keeps code from running is set aside.
+# Disabling a rule that keeps code from running needs a reason.
 SECURITY_CODES = re.compile(r"TS\d+|S\d{3}|TID251")
 NOQA = re.compile(r"#\s*noqa:\s*(?P<codes>[A-Z]+\d+(?:[,\s]+[A-Z]+\d+)*)(?P<reason>.*)")
 MIN_REASON = 8  # characters
@@ -41,7 +41,7 @@ CODES = {
     "TS005": "a shell reads the command; give subprocess a list and no shell",
     "TS006": "trust_remote_code must come from the config",
     "TS007": "it calls or registers what a config names",
-    "TS008": "a security rule is set aside without a reason: write it behind the code",
+    "TS008": "a security rule is disabled without a reason: write it after the code",
 }
 
 

@@ -1,13 +1,13 @@
-"""The errors a person can cause, each with what is wrong, where, and what to do."""
+"""The errors that a person can cause, each with what is wrong, where, and what to do."""
 
 EXIT_MISTAKE = 2  # the user's input cannot be run
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command resumes
 
 
 class Stopped(BaseException):
-    """The run ends because it was asked to; raised on every rank, once what there is to save is saved.
+    """The run ends because it was asked to; raised on every rank, once everything is saved.
 
-    No Exception: it may be raised wherever the signal finds the process, and no `except Exception` is to take it.
+    Not an Exception: it may be raised wherever the signal finds the process, and no `except Exception` may catch it.
     """
 
     def __init__(self, reason: str, step: int | None = None) -> None:
@@ -17,13 +17,13 @@ class Stopped(BaseException):
 
 
 class TunesmithError(Exception):
-    """A mistake in what the user gave us; printed as it is, without a traceback.
+    """A mistake in what the user gave; printed without a traceback.
 
     Args:
         what: the problem in one sentence, with its numbers.
         at: the place: a config key with file and line, `data.jsonl:12`, a folder.
         do: the remedy.
-        exit_code: EXIT_MISTAKE where the same command would meet it again; 1 where it may pass.
+        exit_code: EXIT_MISTAKE where the same command would fail again; 1 where it may succeed.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Takes secrets out of what is written down: configs, log lines, tracebacks.
+"""Removes secrets from what is written: configs, log lines, tracebacks.
 
-Two nets, since either alone has holes. By name: the value of a key such as api_key is hidden, whatever it is. By value:
-what the environment or the command line holds under such a name is hidden wherever it turns up.
+Two rules, since each alone misses some. By name: the value of a key such as api_key is hidden, whatever it is.
+By value: what the environment or the command line holds under such a name is hidden wherever it occurs.
 """
 
 import itertools
@@ -24,7 +24,7 @@ SECRET_PAIRS = frozenset(
     {(kind, "key") for kind in ("access", "account", "api", "encryption", "license", "private", "signing", "ssh")}
     | {("connection", "string")}
 )
-# `token` is also the field's own word: these stand before it in tokenizer and metric names.
+# `token` is also a word of the field: these come before it in tokenizer and metric names.
 TOKENIZER_WORDS = words_of(
     "added additional audio begin bos cls decoder each end eoi eos extra fim first forced image last loss mask max min"
     " next num of pad per prompt sep special start stop turn unk video vision"
@@ -33,7 +33,7 @@ NAMES_A_PLACE = words_of("dir env file name path sock type var")  # HF_TOKEN_PAT
 
 # Shorter values are words, not secrets: hiding every "test" would make a config unreadable.
 MIN_LENGTH = 8
-# Libraries shorten what they quote, with dots behind it: a start of a longer secret is hidden there too.
+# Libraries shorten what they quote and add dots: the beginning of a longer secret is hidden there too.
 MIN_START = 12
 SHORTENED = re.compile(r"\.\.\.|…")
 
@@ -72,7 +72,7 @@ def redact_text(text: str) -> str:
 
 
 def print_traceback(error: BaseException) -> None:
-    """To stderr as Python does it, without secrets."""
+    """Prints to stderr as Python does, without secrets."""
     sys.stderr.write(redact_text("".join(traceback.format_exception(error))))
     sys.stderr.flush()
 
@@ -128,7 +128,7 @@ def _redact_text(text: str, secrets: list[str]) -> str:
 
 
 def _without_shortened(text: str, secret: str) -> str:
-    """Hides each start of the secret that has dots behind it."""
+    """Hides each beginning of the secret that is followed by dots."""
     first, *parts = text.split(secret[:MIN_START])
     clean = first
     for part in parts:

@@ -28,7 +28,7 @@ from tunesmith.launch.cluster.job_end import (
     sick_nodes_of_the_run,
     unhealthy,
 )
-from tunesmith.launch.cluster.job_folder import FOLDER, JobFolder, find_job, make_room, write_job
+from tunesmith.launch.cluster.job_folder import JobFolder, find_job, make_room, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.srun import Srun
 from tunesmith.launch.cluster.start_status import CONTROLLER_SECONDS, RETRY_SECONDS, StartStatus
@@ -74,7 +74,7 @@ class JobDriver:
         self._spec = spec
         self._here = allocation
         self._status = StartStatus(allocation.job_id, allocation.restart)
-        self._folder = spec.run_dir / FOLDER
+        self._folder = spec.job_dir
         self._began = time.time()
         self._got_sigterm = False  # from SLURM: this job is being cancelled, requeued or preempted
         self._sigterm_is_noted = False
@@ -134,7 +134,7 @@ class JobDriver:
         said = _said(command, PREFLIGHT_SECONDS)
         if self._got_sigterm or self._job.stop_file.exists():
             return CANCELLED
-        sick = preflight.verdict(out, self._here.nodes, gpus=self._spec.gpus_per_node, said=said)
+        sick = preflight.sick_nodes(out, self._here.nodes, gpus=self._spec.gpus_per_node, said=said)
         named = {one.node: one.reason for one in sick if one.node}
         if len(named) == len(self._here.nodes):  # the step itself failed, or was told to end
             return JobEnd("the look at its nodes was ended, or could not be started", "again", 1)
@@ -147,7 +147,7 @@ class JobDriver:
 
     def _train(self) -> JobEnd:
         run_dir, restart = self._spec.run_dir, self._here.restart
-        (self._folder / "logs" / str(restart)).mkdir(parents=True, exist_ok=True)
+        self._spec.log_dir(restart).mkdir(parents=True, exist_ok=True)
         ends, sick = self._folder / "ends" / str(restart), self._folder / f"sick-{restart}.jsonl"
         ends.mkdir(parents=True, exist_ok=True)
         for old in (*ends.iterdir(), *([sick] if sick.exists() else [])):

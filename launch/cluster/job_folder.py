@@ -15,12 +15,11 @@ from typing import Any
 import orjson
 
 from tunesmith.launch.cluster.events import events_of
-from tunesmith.launch.cluster.job_spec import JobSpec
+from tunesmith.launch.cluster.job_spec import FOLDER, JobSpec
 from tunesmith.launch.cluster.queue import JOB_ID
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import durable
 
-FOLDER = "job"
 RANK_LOG = re.compile(r"rank-(\d+)\.log")
 
 
@@ -121,9 +120,9 @@ def write_job(spec: JobSpec, job_id: str, submitted: float) -> None:
         "nodes": spec.nodes,
         "ranks_per_node": spec.ranks_per_node,
         "max_restarts": spec.max_restarts,
-        "log": str(spec.run_dir / FOLDER / f"job-{job_id}.log"),
+        "log": str(spec.job_dir / f"job-{job_id}.log"),
     }
-    durable.write_json(spec.run_dir / FOLDER / "job.json", tree)
+    durable.write_json(spec.job_dir / "job.json", tree)
 
 
 def make_room(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a job is told of its run, as arguments: the script that is submitted says all of it."""
+"""What a job needs to know of its run, as arguments in the script that is submitted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.train.errors import ConfigError
+
+FOLDER = "job"  # in the run folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,15 @@ class JobSpec:
     container_runtime: str = "apptainer"
     container_mounts: tuple[str, ...] = ()
     container_python: str = "python3"
+
+    @property
+    def job_dir(self) -> Path:
+        """What the job leaves behind; job_folder.py says what is in it."""
+        return self.run_dir / FOLDER
+
+    def log_dir(self, restart: int) -> Path:
+        """The logs of the ranks of one start."""
+        return self.job_dir / "logs" / str(restart)
 
     @property
     def world_size(self) -> int:
@@ -61,7 +72,7 @@ class JobSpec:
         Not by argparse, which takes a value of `--` away (seen in 3.11) and completes names.
         """
         if "--" not in arguments:
-            raise ConfigError("the overrides are missing, after --.", at="command line", do=BY_SUBMITTING)
+            raise ConfigError("the overrides are missing, after --.", at="command line", do=USE_SLURM_PY)
         place = list(arguments).index("--")
         given: dict[str, Any] = {}
         for argument in arguments[:place]:
@@ -70,13 +81,13 @@ class JobSpec:
             if argument == "--no-preflight":
                 given["preflight"] = False
             elif not equals or name not in READERS:
-                raise ConfigError(f"{argument!r} is not understood.", at="command line", do=BY_SUBMITTING)
+                raise ConfigError(f"{argument!r} is not understood.", at="command line", do=USE_SLURM_PY)
             elif name in LISTED:
                 given[LISTED[name]] = (*given.get(LISTED[name], ()), text)
             else:
                 given[name] = _read(argument, READERS[name], text)
         if "run_dir" not in given:
-            raise ConfigError("--run-dir is missing.", at="command line", do=BY_SUBMITTING)
+            raise ConfigError("--run-dir is missing.", at="command line", do=USE_SLURM_PY)
         return cls(overrides=list(arguments[place + 1 :]), **given)
 
 
@@ -84,10 +95,10 @@ def _read(argument: str, reader: Callable[[str], Any], text: str) -> Any:
     try:
         return reader(text)
     except ValueError:
-        raise ConfigError(f"{argument!r} is not understood.", at="command line", do=BY_SUBMITTING) from None
+        raise ConfigError(f"{argument!r} is not understood.", at="command line", do=USE_SLURM_PY) from None
 
 
-BY_SUBMITTING = "submit with launch/slurm.py, which writes the script."
+USE_SLURM_PY = "submit with launch/slurm.py, which writes the script."
 NUMBERS = ("nodes", "ranks_per_node", "gpus_per_node", "cpus_per_task", "max_restarts", "no_progress")
 TEXTS = ("cpu_bind", "container", "container_runtime", "container_python", "exclude", "container_mount")
 LISTED = {"exclude": "exclude", "container_mount": "container_mounts"}  # options that may come more than once

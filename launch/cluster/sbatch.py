@@ -1,4 +1,4 @@
-"""The script of a job: what SLURM is asked for, and one command, with everything a shell could read quoted."""
+"""The script of a job: sbatch's directives and one command, with everything quoted that a shell could read."""
 
 import re
 import shlex
@@ -20,8 +20,8 @@ def render(spec: JobSpec, cluster: ClusterConfig, name: str) -> str:
     """The text of the script. Raises ConfigError for a name or folder that no directive of sbatch can hold."""
     lines = ["#!/bin/bash -l" if cluster.modules else "#!/bin/bash"]
     lines += [f"# One run of Tunesmith; `launch/slurm.py status|logs|cancel {_comment(spec.run_dir)}` looks after it."]
-    lines += [f"# By hand: mkdir -p {_comment(spec.run_dir / 'job')} && sbatch <this script>"]
-    lines += ["# shellcheck disable=SC1003,SC2016  # a quote or $ in a text is meant as it stands"]
+    lines += [f"# By hand: mkdir -p {_comment(spec.job_dir)} && sbatch <this script>"]
+    lines += ["# shellcheck disable=SC1003,SC2016  # a quote or $ in a text means itself"]
     lines += [f"#SBATCH {option}" for option in directives(spec, cluster, name)]
     lines += ["set -euo pipefail", *(f"module load {shlex.quote(module)}" for module in cluster.modules)]
     lines += [f"export {name}={quoted(value)}" for name, value in _assigned(cluster)]
@@ -30,8 +30,8 @@ def render(spec: JobSpec, cluster: ClusterConfig, name: str) -> str:
 
 
 def directives(spec: JobSpec, cluster: ClusterConfig, name: str) -> list[str]:
-    """The options of sbatch, one each."""
-    log = str(spec.run_dir / "job" / "job-").replace("%", "%%") + "%j.log"
+    """The options of sbatch, one directive each."""
+    log = str(spec.job_dir / "job-").replace("%", "%%") + "%j.log"
     options: dict[str, str | int | None] = {
         "job-name": name,
         "output": log,
@@ -62,7 +62,7 @@ def _value(option: str, value: str | int) -> str:
     key = {"job-name": "name", "output": "output_dir", "chdir": "the current folder"}.get(option, f"cluster.{option}")
     if not text.isprintable() or '"' in text or "\\" in text or "'" in text or len(text) > MAX_LINE:
         raise ConfigError(
-            f"{text!r} cannot stand in a script of sbatch.",
+            f"{text!r} cannot be written in a script of sbatch.",
             key=key,
             do="leave out quotes, backslashes and control characters.",
         )

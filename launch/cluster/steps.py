@@ -1,16 +1,17 @@
-"""The commands of a job: srun with one task a node for the pre-flight, and one a rank for the training."""
+"""The commands of a job: srun with one task per node for the pre-flight, and one per rank for the training."""
 
 import sys
 from pathlib import Path
 
 from tunesmith.launch.cluster.job_spec import JobSpec
+from tunesmith.train.config.hydra_text import quoted
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 CODE = TRAIN.parents[1]
 
 
 def on_each_node(spec: JobSpec, command: list[str]) -> list[str]:
-    """A task of one CPU on each node, which shares the job with whatever else runs there."""
+    """A task of one CPU on each node, beside whatever else runs there."""
     spread = [f"--nodes={spec.nodes}", f"--ntasks={spec.nodes}", "--ntasks-per-node=1", "--cpus-per-task=1"]
     return ["srun", "--overlap", "--export=ALL", "--input=none", "--cpu-bind=none", *spread, *command]
 
@@ -21,8 +22,8 @@ def on_node(node: str, command: list[str]) -> list[str]:
 
 
 def training(spec: JobSpec, restart: int, overrides: list[str]) -> list[str]:
-    """A task for each rank, each with a file for what it prints. When one dies srun ends the others."""
-    logs = str(spec.run_dir / "job" / "logs" / str(restart)).replace("%", "%%")
+    """A task for each rank, each with a log of its own. When one dies srun ends the others."""
+    logs = str(spec.log_dir(restart)).replace("%", "%%")
     options = [
         "--kill-on-bad-exit=1",
         "--export=ALL",
@@ -35,15 +36,13 @@ def training(spec: JobSpec, restart: int, overrides: list[str]) -> list[str]:
     ]
     if spec.gpus_per_node:  # all GPUs of the node for each of its ranks: NCCL wants to see the peers
         options.append(f"--gpus-per-node={spec.gpus_per_node}")
-    if spec.cpus_per_task:  # srun does not take it over from sbatch, since 22.05
+    if spec.cpus_per_task:  # since 22.05 srun does not inherit it from sbatch
         options.append(f"--cpus-per-task={spec.cpus_per_task}")
-    return ["srun", *options, *in_container(spec, [*_train(spec), *overrides, f"output_dir={quoted(spec.run_dir)}"])]
-
-
-def quoted(path: Path) -> str:
-    """A value for Hydra that is this path, whatever stands in it."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
+    return [
+        "srun",
+        *options,
+        *in_container(spec, [*_train(spec), *overrides, f"output_dir={quoted(str(spec.run_dir))}"]),
+    ]
 
 
 def _train(spec: JobSpec) -> list[str]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tunesmith.launch.arguments import sets
-from tunesmith.launch.cluster.job_folder import FOLDER, find_job, make_room, write_job
-from tunesmith.launch.cluster.job_spec import JobSpec
+from tunesmith.launch.cluster.events import sick_nodes
+from tunesmith.launch.cluster.job_folder import find_job, make_room, write_job
+from tunesmith.launch.cluster.job_spec import FOLDER, JobSpec
 from tunesmith.launch.cluster.programs import run_program
 from tunesmith.launch.cluster.queue import JOB_ID, job_facts, jobs_of_script
 from tunesmith.launch.cluster.sbatch import render
@@ -39,7 +40,7 @@ REMEDIES = {
     "process configuration": UNREACHABLE,
     "configuration source": UNREACHABLE,
     "fetch config": UNREACHABLE,
-    "invalid node name": ("cluster.exclude", "`sinfo -N` lists the nodes; sick ones stand in <run>/job/events.jsonl."),
+    "invalid node name": ("cluster.exclude", "`sinfo -N` lists the nodes; <run>/job/events.jsonl names sick ones."),
     "invalid partition": ("cluster.partition", "`sinfo -s` lists the partitions."),
     "account or account/partition": ("cluster.account", "`sacctmgr show assoc user=$USER` lists your accounts."),
     "invalid account": ("cluster.account", "`sacctmgr show assoc user=$USER` lists your accounts."),
@@ -93,7 +94,7 @@ def prepare(
             gpus_per_node=cluster.gpus_per_node,
             cpus_per_task=cluster.cpus_per_task,
             cpu_bind=cluster.cpu_bind,
-            exclude=(*cluster.exclude, *_sick(folder)),
+            exclude=(*cluster.exclude, *sorted(sick_nodes(folder / FOLDER))),
             preflight=cluster.preflight,
             max_restarts=cluster.max_restarts,
             no_progress=cluster.no_progress,
@@ -114,8 +115,7 @@ def submit(overrides: Sequence[str], run_dir: Path | None = None, config_dir: Pa
 
 def send(submission: Submission) -> str:
     """As submit(), of a submission."""
-    run_dir = submission.spec.run_dir
-    folder = run_dir / FOLDER
+    run_dir, folder = submission.spec.run_dir, submission.spec.job_dir
     above = _first_missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,17 +209,11 @@ def _check_no_secret(overrides: Sequence[str], env: Sequence[str]) -> None:
     for name, equals, _ in (item.partition("=") for item in env):
         if equals and names_a_secret(name):
             raise ConfigError(
-                f"{name} holds a secret, which would stand in files and command lines.",
+                f"{name} holds a secret, which would be seen in files and command lines.",
                 at="an entry of cluster.env",
                 do=f"export {name} in your shell, and list its name alone.",
             )
     refuse_secrets(overrides, "command line", what="a job's script")
-
-
-def _sick(run_dir: Path) -> list[str]:
-    from tunesmith.launch.cluster.events import sick_nodes
-
-    return sorted(sick_nodes(run_dir / FOLDER))
 
 
 def _first_missing(folder: Path) -> Path | None:

@@ -183,7 +183,7 @@ def test_the_config_of_a_run_cannot_ask_for_this_environment(tmp_path: Path) -> 
     composed.resolved["model"]["name_or_path"] = "someone/${oc.env:HF_TOKEN}"
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(composed.resolved))
-    with pytest.raises(ConfigError, match="stands in the config of a run, which holds plain values"):
+    with pytest.raises(ConfigError, match="is in the config of a run, which holds plain values"):
         load_resolved(path)
 
 

@@ -38,14 +38,14 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("n1 slots=2\nn2\n", 2, "'n2' is no host"),
-        ("n1 slots=2\nn2 slots=two\n", 2, "'n2 slots=two' is no host"),
-        ("n[1-4] slots=2\n", 1, "is no host"),  # pdsh would make four of it
-        ("n1,n2 slots=2\n", 1, "is no host"),
-        ("-oProxyCommand=touch slots=2\n", 1, "is no host"),  # ssh would take it for an option
-        ("$(touch canary) slots=2\n", 1, "is no host"),
-        ("n1 slots=2 extra\n", 1, "is no host"),
-        ("n1 slots=2\n\nn1 slots=4\n", 3, "n1 stands in the hostfile twice, in line 1 too"),
+        ("n1 slots=2\nn2\n", 2, "'n2' is not a host"),
+        ("n1 slots=2\nn2 slots=two\n", 2, "'n2 slots=two' is not a host"),
+        ("n[1-4] slots=2\n", 1, "is not a host"),  # pdsh would make four of it
+        ("n1,n2 slots=2\n", 1, "is not a host"),
+        ("-oProxyCommand=touch slots=2\n", 1, "is not a host"),  # ssh would take it for an option
+        ("$(touch canary) slots=2\n", 1, "is not a host"),
+        ("n1 slots=2 extra\n", 1, "is not a host"),
+        ("n1 slots=2\n\nn1 slots=4\n", 3, "n1 is in the hostfile twice, in line 1 too"),
         ("n1 slots=0\n", 1, "n1 has no slots"),
         ("# nothing\n\n", None, "names no host"),
     ],
@@ -93,7 +93,7 @@ def test_no_argument_and_no_variable_is_on_a_command_line(hostfile: Path) -> Non
         (["+exp=debug"], "no hostfile is named"),
         (["+exp=debug", "cluster.hostfile=absent"], "cannot be read: No such file"),
         (["+exp=debug", "cluster=local", "cluster.hostfile=hosts"], "not local"),
-        (["+exp=debug", "cluster.hostfile=hosts", "output_dir=a b"], "does not bring to another machine"),
+        (["+exp=debug", "cluster.hostfile=hosts", "output_dir=a b"], "does not pass on to another machine"),
         (["+exp=debug", "cluster.hostfile=hosts", "--master-port=x"], "is no port"),
         (["+exp=debug", "cluster.hostfile=hosts", "seed=x"], "seed"),
     ],

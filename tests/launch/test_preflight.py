@@ -29,7 +29,7 @@ def looked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_healthy_nodes_pass_and_leave_whole_reports(looked: Path) -> None:
-    assert preflight.verdict(looked, ["n1", "n2"], gpus=None) == []
+    assert preflight.sick_nodes(looked, ["n1", "n2"], gpus=None) == []
     assert sorted(path.name for path in looked.iterdir()) == ["began", "n1.json", "n2.json", "nonce"]
 
 
@@ -42,13 +42,13 @@ def test_it_is_light(looked: Path) -> None:
 
 
 def test_a_node_that_left_no_report_is_named(looked: Path) -> None:
-    [sick] = preflight.verdict(looked, ["n1", "n2", "n3"], gpus=None)
+    [sick] = preflight.sick_nodes(looked, ["n1", "n2", "n3"], gpus=None)
     assert sick.node == "n3"
     assert "did not answer" in sick.reason
 
 
 def test_too_few_gpus_are_named(looked: Path) -> None:
-    sick = preflight.verdict(looked, ["n1", "n2"], gpus=1000)
+    sick = preflight.sick_nodes(looked, ["n1", "n2"], gpus=1000)
     assert [item.node for item in sick] == ["n1", "n2"]
 
 
@@ -57,7 +57,7 @@ def test_a_report_that_is_cut_off_is_none(tmp_path: Path, looked: Path) -> None:
     preflight.begin(out)
     (out / "n1.json").write_bytes((looked / "n1.json").read_bytes())
     (out / "n2.json").write_bytes((looked / "n2.json").read_bytes()[:-9])
-    assert [item.node for item in preflight.verdict(out, ["n1", "n2"], gpus=None)] == ["n2"]
+    assert [item.node for item in preflight.sick_nodes(out, ["n1", "n2"], gpus=None)] == ["n2"]
 
 
 def test_a_folder_that_only_the_first_node_sees_is_not_shared(tmp_path: Path, looked: Path) -> None:
@@ -66,12 +66,12 @@ def test_a_folder_that_only_the_first_node_sees_is_not_shared(tmp_path: Path, lo
     assert run(mine, nonce, "n1").returncode == 0
     facts = NodeFacts.from_json((looked / "n2.json").read_text())
     said = f"1: srun: warning\n{preflight.REPORT}{replace(facts, sees_folder=False).as_json()}\n"
-    [sick] = preflight.verdict(mine, ["n1", "n2"], gpus=None, said=said)
+    [sick] = preflight.sick_nodes(mine, ["n1", "n2"], gpus=None, said=said)
     assert sick.node == ""  # no node's fault
     assert f"{tmp_path / 'n1'} is not shared" in sick.reason
     assert not theirs.exists()
     # Without what the step has printed, of more than two nodes:
-    [sick] = preflight.verdict(mine, ["n1", "n2", "n3"], gpus=None)
+    [sick] = preflight.sick_nodes(mine, ["n1", "n2", "n3"], gpus=None)
     assert sick.node == ""
     assert "not shared" in sick.reason
 
@@ -93,6 +93,6 @@ def test_a_clock_that_is_ahead_is_named(tmp_path: Path, looked: Path) -> None:
     facts = NodeFacts.from_json((looked / "n1.json").read_text())
     for node, ahead in [("n1", 0.0), ("n2", 60.0), ("n3", 0.0)]:
         (out / f"{node}.json").write_text(replace(facts, node=node, clock=time.time() + ahead).as_json())
-    [sick] = preflight.verdict(out, ["n1", "n2", "n3"], gpus=None)
+    [sick] = preflight.sick_nodes(out, ["n1", "n2", "n3"], gpus=None)
     assert sick.node == "n2"
     assert "60 s ahead" in sick.reason

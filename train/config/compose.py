@@ -22,15 +22,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from tunesmith.train.config.config import Config
+from tunesmith.train.config.hydra_text import quoted
 from tunesmith.train.config.origins import Origins, one_line
 from tunesmith.train.config.own_yaml import check_option, check_own_folder, not_yaml
 from tunesmith.train.config.suggest import did_you_mean, suggest_key
 from tunesmith.train.errors import ConfigError, TunesmithError
 from tunesmith.train.paths import CONF_DIR
 
-RAW_KEYS = ("engine.deepspeed", "objective.settings")  # what stands below them is no part of the schema
+RAW_KEYS = ("engine.deepspeed", "objective.settings")  # any key may be set below them
 SEE_DOCS = "docs/config.md lists every setting."
-SEARCH_SPACES = "sweep"  # a folder of yaml files that are no part of a run: launch/sweep.py reads them
+SEARCH_SPACES = "sweep"  # a folder of yaml files that launch/sweep.py reads, not a group of the config
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Composed:
 
     @contextmanager
     def errors_located(self) -> Iterator[None]:
-        """Puts file and line behind the key of an error that is found while the run uses the config."""
+        """Adds file and line to the key of an error that is found while the run uses the config."""
         try:
             yield
         except TunesmithError as error:
@@ -86,23 +87,22 @@ def compose_tree(overrides: Sequence[str], config_dir: Path | None = None) -> Di
     ConfigStore.instance().store(name="schema", node=Config)
     arguments = [admit_raw_key(override) for override in overrides]
     if config_dir:
-        quoted = str(config_dir).replace("\\", "\\\\").replace("'", "\\'")
-        arguments.append(f"hydra.searchpath=['file://{quoted}']")
+        arguments.append(f"hydra.searchpath=[{quoted(f'file://{config_dir}')}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="tunesmith"):
         return compose("config", arguments)
 
 
 def load_resolved(path: Path) -> Config:
-    """The config of a run from the config.yaml beside it. Raises ConfigError when it does not fit the schema.
+    """The config of a run, from the config.yaml in its folder. Raises ConfigError when it does not fit the schema.
 
-    It was written with every value resolved: a ${...} in it was put there later, and would read this environment.
+    It was written with every value resolved: a ${...} was added later, and would read the environment of this process.
     """
     with _errors_in_our_words(Origins([], [path.parent])):
         loaded = OmegaConf.load(path)
-        if asks := _first_interpolation(OmegaConf.to_container(loaded)):
+        if interpolation := _first_interpolation(OmegaConf.to_container(loaded)):
             raise ConfigError(
-                f"{asks!r} stands in the config of a run, which holds plain values.",
+                f"{interpolation!r} is in the config of a run, which holds plain values.",
                 at=str(path),
                 do="write the value itself.",
             )
@@ -132,13 +132,13 @@ def _to_config(tree: DictConfig) -> Composed:
 
 
 def admit_raw_key(override: str) -> str:
-    """`engine.deepspeed.a.b=1` adds a key that the schema does not list, which Hydra wants said with ++."""
+    """`engine.deepspeed.a.b=1` adds a key that the schema does not list, for which Hydra wants ++."""
     is_raw = below_raw_key(override) or override.startswith(tuple(f"{key}={{" for key in RAW_KEYS))
     return f"++{override}" if is_raw else override
 
 
 def below_raw_key(key: str) -> bool:
-    """Whether a key stands below one of RAW_KEYS."""
+    """Whether a key is below one of RAW_KEYS."""
     return key.startswith(tuple(f"{raw_key}." for raw_key in RAW_KEYS))
 
 
@@ -160,13 +160,13 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
         if not is_setting and not options:
             raise _unknown_key(key, at, folders)
         if override.is_delete():
-            raise ConfigError(f"{key} cannot be taken away.", at=at, do=f"give it another value: {key}=<value>.")
+            raise ConfigError(f"{key} cannot be removed.", at=at, do=f"give it another value: {key}=<value>.")
         if override.is_sweep_override():
             raise ConfigError(
                 f"{text} gives several values to one run.", at=at, do="give one; a list is written [a,b]."
             )
         if is_setting and override.is_add() and not override.is_force_add() and not below_raw_key(key):
-            raise ConfigError(f"{key} is there already.", at=at, do=f"write {text.lstrip('+')}, without the plus.")
+            raise ConfigError(f"{key} exists already.", at=at, do=f"write {text.lstrip('+')}, without the plus.")
         if options:
             _check_choice(text, override.value(), key, options)
 
@@ -246,7 +246,7 @@ def _translated(error: BaseException, origins: Origins) -> ConfigError:
     if key:
         key = key.split("[")[0]
         broken = isinstance(cause, InterpolationResolutionError)
-        do = "write the value, or correct what stands in ${...}." if broken else f"give {type_in_words(keys[key])}."
+        do = "write the value, or correct the ${...}." if broken else f"give {type_in_words(keys[key])}."
         return ConfigError(f"{key}: {_first_line(cause)}.", at=origins.find(key), do=do)
     return ConfigError(f"{_first_line(error)}.", at="config", do=SEE_DOCS)
 

@@ -1,4 +1,4 @@
-"""A person's own yaml files (--config-dir), looked through before Hydra composes them: its errors name no line."""
+"""A person's own yaml files (--config-dir), checked before Hydra composes them, as its errors name no line."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Options = Callable[[str], list[str]]  # a group -> its options
 
 
 def check_own_folder(folder: Path, origins: Origins, options: Options) -> None:
-    """Raises ConfigError for what is wrong with the chosen yaml files of the folder, or when it is none."""
+    """Raises ConfigError for a mistake in the chosen yaml files of the folder, or when there is no such folder."""
     if not folder.is_dir():
         raise ConfigError(
             f"there is no folder {folder}.", at="--config-dir", do="give the folder with your yaml files."
@@ -28,7 +28,7 @@ def check_own_folder(folder: Path, origins: Origins, options: Options) -> None:
     for path in sorted(folder.glob("*/*.yaml")):
         if folder != CONF_DIR and (CONF_DIR / path.relative_to(folder)).is_file():
             raise ConfigError(
-                f"{path.relative_to(folder)} has the name of one of Tunesmith's own, which would be used instead.",
+                f"{path.relative_to(folder)} has the name of a file of Tunesmith, which would be used instead.",
                 at=str(path),
                 do="give your file another name.",
             )
@@ -71,7 +71,7 @@ def _check_file(path: Path, group: str, options: Options) -> None:
         raise ConfigError(
             "Hydra only composes here, so its own settings have no effect.",
             at=f"hydra ({shown(path)}:{line_of_key(path, ['hydra']) or 1})",
-            do="take them out; output_dir=<folder> sets the run folder.",
+            do="remove them; output_dir=<folder> sets the run folder.",
         )
     _check_defaults(path, tree.get("defaults"), options)
     if group == "exp":

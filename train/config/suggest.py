@@ -1,10 +1,10 @@
-"""The setting a person meant: by its group, its initials, what other frameworks call it, or its spelling."""
+"""Which setting a person meant: by its group, its initials, its name in other frameworks, or its spelling."""
 
 import difflib
 import re
 
-CUTOFF = 0.6  # of difflib's ratio, for names that a person mistyped
-PEERS = {  # how transformers, TRL, DeepSpeed, torchtune, Axolotl and LLaMA-Factory spell ours
+CUTOFF = 0.6  # of difflib's ratio, for mistyped names
+PEERS = {  # how transformers, TRL, DeepSpeed, torchtune, Axolotl and LLaMA-Factory spell our settings
     "name": "run_name experiment_name wandb_name",
     "output_dir": "output_folder output_path save_dir logging_dir dir",
     "resume.source": "resume_from_checkpoint auto_resume_from_checkpoints resume_from",
@@ -59,7 +59,7 @@ PEERS = {  # how transformers, TRL, DeepSpeed, torchtune, Axolotl and LLaMA-Fact
     "track.wandb": "wandb_mode use_wandb mode",
     "cluster.timeout_minutes": "ddp_timeout timeout",
 }
-SPELLINGS = {spelling: ours for ours, spellings in PEERS.items() for spelling in spellings.split()}
+SPELLINGS = {spelling: setting for setting, spellings in PEERS.items() for spelling in spellings.split()}
 
 
 def suggest_key(key: str, known: list[str]) -> str | None:
@@ -96,7 +96,7 @@ def nearest(name: str, known: list[str], *, cutoff: float = CUTOFF) -> str | Non
 
 
 def did_you_mean(guess: str | None) -> str:
-    """A sentence to put behind an error; empty without a guess. An experiment is added with a plus."""
+    """A sentence to add to an error; empty without a guess. An experiment is added with a plus."""
     if not guess:
         return ""
     return f" Did you mean {'+exp=<name>' if guess == 'exp' else guess}?"
@@ -121,6 +121,6 @@ def _among(leaf: str, known: list[str], *, cutoff: float = CUTOFF) -> str | None
 
 
 def _stripped(leaf: str, known: list[str]) -> str | None:
-    """lora_alpha, model_revision, adam_eps: the concept written before the name."""
+    """As _among(), for names such as lora_alpha, model_revision, adam_eps, which start with their concept."""
     rest = re.sub(r"^(lora|wandb|model|adam|data|batch|train|eval|optim|optimizer)_", "", leaf)
     return _among(rest, known, cutoff=0.8) if rest != leaf else None

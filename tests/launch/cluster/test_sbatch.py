@@ -87,7 +87,7 @@ def test_control_characters_are_written_as_escapes(text):
 
 @pytest.mark.parametrize(("name", "key"), [('a"b', "at: name"), ("a\\b", "at: name"), ("a\nb", "at: name")])
 def test_what_no_directive_can_hold_is_refused(name, key):
-    with pytest.raises(ConfigError, match="cannot stand in a script of sbatch") as caught:
+    with pytest.raises(ConfigError, match="cannot be written in a script of sbatch") as caught:
         render(WHOLE, ClusterConfig(), name)
     assert key in str(caught.value)
 

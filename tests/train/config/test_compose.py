@@ -99,9 +99,9 @@ UNKNOWN = {
     "hydra.searchpath=[/tmp]": "has no effect.",
     "exp=debug": "an experiment is added, with a plus.",
     "+model=tiny": "model has an option already.",
-    "+seed=1": "seed is there already.",
-    "~seed": "seed cannot be taken away.",
-    "~batch": "batch cannot be taken away.",
+    "+seed=1": "seed exists already.",
+    "~seed": "seed cannot be removed.",
+    "~batch": "batch cannot be removed.",
     "seed=1,2": "seed=1,2 gives several values to one run.",
     "seed=range(1,3)": "gives several values to one run.",
     "seed": "'seed' is not an override",
@@ -143,8 +143,8 @@ WRONG_TYPES = {
     "name=[a]": "give a text.",
     "seed=null": "give a whole number.",
     "engine.deepspeed=3": "give key=value pairs.",
-    "name=${nope}": "correct what stands in ${...}.",
-    "name=${oc.env:NO_SUCH_VARIABLE_XYZ}": "correct what stands in ${...}.",
+    "name=${nope}": "correct the ${...}.",
+    "name=${oc.env:NO_SUCH_VARIABLE_XYZ}": "correct the ${...}.",
 }
 
 

@@ -41,7 +41,7 @@ MISTAKES = {  # text of exp/bad.yaml: words of the problem, line, words of the r
     f"{HEAD}model:\n  trust_remote_code: null\n": ("must be true or false, not None", 3, "without quotes"),
     f"{HEAD}optimizer: 3\n": ("optimizer is a group of settings, not 3.", 2, "override /optimizer"),
     f"{HEAD}optimizer: adamw\n": ("optimizer is a group of settings, not 'adamw'.", 2, "override /optimizer"),
-    f"{HEAD}name: ${{nope}}\n": ("Interpolation key 'nope' not found", 2, "correct what stands in"),
+    f"{HEAD}name: ${{nope}}\n": ("Interpolation key 'nope' not found", 2, "correct the ${...}"),
     f"{HEAD}defaults:\n  - override /model: tinny\n": ("Did you mean tiny?", 2, "choose one of"),
     f"{HEAD}defaults:\n  - override /modle: tiny\n": (
         "there is no group 'modle'. Did you mean model?",
@@ -99,9 +99,9 @@ def test_yaml_tags_construct_nothing(tmp_path: Path, tag: str) -> None:
     assert not canary.exists()
 
 
-def test_a_name_of_ours_cannot_be_taken(tmp_path: Path) -> None:
+def test_a_name_that_tunesmith_uses_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "exp/debug.yaml", f"{HEAD}seed: 5\n")
-    with pytest.raises(ConfigError, match="has the name of one of Tunesmith's own") as caught:
+    with pytest.raises(ConfigError, match="has the name of a file of Tunesmith") as caught:
         compose_config(["+exp=debug"], tmp_path)
     assert caught.value.do == "give your file another name."
 

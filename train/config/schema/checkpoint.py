@@ -11,12 +11,12 @@ class CheckpointConfig:
     """When the whole state of the run is saved, and what is kept."""
 
     every_steps: int | None = None  # optimizer steps between two saves; null: none by steps
-    every_minutes: float | None = None  # minutes between two saves, by rank 0's clock, besides every_steps; null: none
+    every_minutes: float | None = None  # minutes between two saves by rank 0's clock, beside every_steps; null: none
     at_end: bool = True  # a checkpoint after the last step, from which the run can be extended
     keep_last: int = 2  # newest checkpoints kept, at least 2; the best one by evaluate.metric is kept too
-    keep_every_steps: int | None = None  # checkpoints of steps that this divides are kept for good; null: none
-    async_save: bool = False  # write in the background while training goes on, from a copy in host memory
-    max_failed_saves: int = 3  # saves in a row that could not be written, as on a full disk, before the run ends
+    keep_every_steps: int | None = None  # checkpoints of steps divisible by this are never deleted; null: none
+    async_save: bool = False  # write in the background while training continues, from a copy in host memory
+    max_failed_saves: int = 3  # failed saves in a row, as on a full disk, before the run ends
 
     def __post_init__(self) -> None:
         check_positive(

@@ -1,4 +1,4 @@
-"""The machines a run is on: how long its ranks may take, where they are, and what a scheduler is asked for."""
+"""The machines of a run: how long its ranks may take, where they are, and what a scheduler is asked for."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from tunesmith.train.config.schema.checks import check_no_empty_text, check_not_
 from tunesmith.train.errors import ConfigError
 
 MAX_TIMEOUT_MINUTES = 60.0 * 24 * 365  # a year: beyond any wait, within what a timedelta holds
-# What SLURM itself gives these things, so that none of them can be an option or a second line of the script.
+# The shapes that SLURM itself gives these values, so that none can be an option or a second line of the script.
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@+-]*(,[A-Za-z0-9_][A-Za-z0-9_.:@+-]*)*")
 CONSTRAINT = re.compile(r"[A-Za-z0-9_(\[][A-Za-z0-9_.:@+&|*()\[\],-]*")
 MEMORY = re.compile(r"\d+[KMGT]?")
@@ -17,7 +17,7 @@ NODE_LIST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(\[[0-9,-]+\])?[A-Za-z0-9_.-
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?|[A-Za-z_][A-Za-z0-9_]*=[^\x00-\x1f\x7f]*")
 MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/=-]*")
 SBATCH_OPTION = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9_.:@+&|*()\[\],/=-]+)?")
-OURS = frozenset(  # options of sbatch that cluster.* or the driver decide, or that make another job of it
+NOT_FOR_USERS = frozenset(  # options of sbatch that cluster.* or the driver set, or that make a different job of it
     """array chdir cpus-per-task error exclude export export-file get-user-env gid gpus-per-node help het-group
     job-name mem nodes no-requeue ntasks ntasks-per-node open-mode output parsable requeue signal test-only time uid
     usage version wait wrap""".split()  # noqa: SIM905
@@ -48,8 +48,8 @@ class WatchConfig:
     """How long ranks may take."""
 
     device: Device = Device.auto  # auto: GPUs where there are any; cuda; cpu
-    timeout_minutes: float = 10.0  # a rank that stands still longer in a step or a batch of an evaluation ends the run
-    start_timeout_minutes: float = 30.0  # the same while ranks meet, load and do their first step, which compiles
+    timeout_minutes: float = 10.0  # a rank stuck for longer in a step or in a batch of an evaluation ends the run
+    start_timeout_minutes: float = 30.0  # the same while ranks connect, load and do their first step, which compiles
     save_timeout_minutes: float = 30.0  # the same while a checkpoint or the model is written or read back
     time_limit_minutes: float | None = None  # of the process: it saves and stops in time before; null: no limit
     check_replicas_every: int | None = None  # steps between two comparisons of the ranks' weights; null: never
@@ -69,21 +69,21 @@ class WatchConfig:
                 raise ConfigError(
                     f"{name}={minutes:g} is more than a year.",
                     key=f"cluster.{name}",
-                    do="give the minutes after which a rank that does not answer is lost, such as 10.",
+                    do="give the minutes after which a silent rank counts as lost, such as 10.",
                 )
 
 
 @dataclass(kw_only=True)
 class NodesConfig:
-    """Which machines, and what their ranks get from the one that starts them."""
+    """Which machines, and what their ranks get from the machine that starts them."""
 
     kind: ClusterKind = ClusterKind.local  # local: this machine; hostfile: launch/hosts.py; slurm: launch/slurm.py
     nodes: int = 1  # machines
     gpus_per_node: int | None = None  # GPUs asked for on each machine; null: none
     tasks_per_node: int | None = None  # ranks on each machine; null: one for each GPU, or one
     hostfile: str | None = None  # `host slots=8` lines, as deepspeed reads them
-    env: list[str] = field(default_factory=list)  # variables the ranks get from here: a name, PREFIX_*, or NAME=value
-    preflight: bool = True  # look at each machine before the ranks train: code, versions, folder, GPUs, clock, space
+    env: list[str] = field(default_factory=list)  # variables that the ranks inherit: a name, PREFIX_*, or NAME=value
+    preflight: bool = True  # check each machine before the ranks train: code, versions, folder, GPUs, clock, space
     min_bandwidth_gbps: float | None = None  # of an all-reduce between machines, in 10^9 bytes a second; null: any
 
     def _check_nodes(self) -> None:
@@ -106,23 +106,23 @@ class JobConfig:
     """What SLURM is asked for."""
 
     partition: str | None = None  # SLURM partition, or several with commas; null: the cluster's default
-    account: str | None = None  # SLURM account that pays
+    account: str | None = None  # SLURM account that is charged
     qos: str | None = None  # SLURM quality of service
-    constraint: str | None = None  # features the nodes must have, such as h100&ib
+    constraint: str | None = None  # features that the nodes must have, such as h100&ib
     reservation: str | None = None  # SLURM reservation
     time: str | None = None  # of one job: minutes, HH:MM:SS or D-HH:MM:SS; null: the partition's limit
     cpus_per_task: int | None = None  # CPUs of each rank; null: the cluster's default
     cpu_bind: str = "cores"  # how srun binds ranks to CPUs: cores, sockets, none, ...
     memory: str | None = None  # of each node, such as 200G; 0: all of it; null: the cluster's default
-    exclude: list[str] = field(default_factory=list)  # nodes not to be used
+    exclude: list[str] = field(default_factory=list)  # nodes that are not used
     modules: list[str] = field(default_factory=list)  # environment modules to load, such as cuda/12.8
     sbatch: list[str] = field(default_factory=list)  # further options of sbatch, such as ['--switches=1']
     container: str | None = None  # image in which the ranks run; null: none
     container_runtime: ContainerRuntime = ContainerRuntime.apptainer  # apptainer; enroot (srun's --container-image)
-    container_mounts: list[str] = field(default_factory=list)  # folders seen inside, besides code and run: a or a:b
-    container_python: str = "python3"  # the Python inside the image, with what Tunesmith needs
-    signal_seconds: int = 300  # before the end of its time the job is told to save
-    max_restarts: int = 100  # of one job in all: after a time limit, a preemption, a crash
+    container_mounts: list[str] = field(default_factory=list)  # folders mounted in it, besides code and run: a or a:b
+    container_python: str = "python3"  # the Python inside the image, with Tunesmith's dependencies
+    signal_seconds: int = 300  # seconds before its time limit that the job is told to save
+    max_restarts: int = 100  # of one job in total: after a time limit, a preemption, a crash
     no_progress: int = 3  # restarts in a row without a newer checkpoint, after which the job gives up
 
     def _check_job(self) -> None:
@@ -138,9 +138,9 @@ class JobConfig:
         _check_each("modules", self.modules, MODULE, "a module", "write names such as cuda/12.8.")
         _check_each("sbatch", self.sbatch, SBATCH_OPTION, "an option of sbatch", "write it as --name or --name=value.")
         for option in self.sbatch:
-            if option.removeprefix("--").partition("=")[0] in OURS:
+            if option.removeprefix("--").partition("=")[0] in NOT_FOR_USERS:
                 raise ConfigError(
-                    f"{option} is not for cluster.sbatch: Tunesmith decides it.",
+                    f"{option} is not for cluster.sbatch: Tunesmith sets it.",
                     key="cluster.sbatch",
                     do="use the settings of cluster, such as cluster.time; for arrays launch/sweep.py.",
                 )
@@ -156,7 +156,7 @@ class JobConfig:
             raise ConfigError(
                 f"signal_seconds={self.signal_seconds} is not between {MIN_SIGNAL_SECONDS} and {MAX_SIGNAL_SECONDS}.",
                 key="cluster.signal_seconds",
-                do="give the seconds that a save takes, and a minute: SLURM looks at its clock every 30 s.",
+                do="give the seconds that a save takes plus a minute: SLURM looks at its clock every 30 s.",
             )
 
 
@@ -183,7 +183,7 @@ def seconds_of(time: str) -> int:
 
 def _check_shape(name: str, value: str | None, shape: re.Pattern[str], do: str) -> None:
     if value is not None and not (shape.fullmatch(value) and len(value) <= MAX_WORD):
-        raise ConfigError(f"{name}={value!r} is nothing that SLURM takes.", key=f"cluster.{name}", do=do)
+        raise ConfigError(f"{name}={value!r} is not a value that SLURM takes.", key=f"cluster.{name}", do=do)
 
 
 def _check_each(name: str, values: list[str], shape: re.Pattern[str], what: str, do: str) -> None:

@@ -29,7 +29,7 @@ class EngineConfig:
     offload_optimizer: Offload = Offload.none  # where the optimizer state lives
     offload_weights: Offload = Offload.none  # where the weights live; stage 3 only
     nvme_path: str | None = None  # folder on a local NVMe disk, for offload to nvme
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # raw DeepSpeed keys, added to ours
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # raw DeepSpeed keys, added to those that Tunesmith sets
 
     def __post_init__(self) -> None:
         check_no_empty_text(self, "engine.")

@@ -1,4 +1,4 @@
-"""Where the numbers go besides the run folder."""
+"""Where metrics go in addition to the run folder."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,7 +15,7 @@ class WandbMode(StrEnum):
 
 @dataclass(kw_only=True)
 class TrackConfig:
-    """Where the numbers go besides the run folder."""
+    """Where metrics go in addition to the run folder."""
 
     wandb: WandbMode = WandbMode.auto  # auto: online with an API key, offline without one
     project: str = "tunesmith"  # W&B project
