@@ -39,7 +39,7 @@ def requeue(job_id: str, exclude: Sequence[str]) -> str:
         return " ".join(done.stderr.split()) or f"exit code {done.returncode}"
     done = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")  # an empty list clears it
     if done.returncode:
-        sys.stdout.write(f"job: SLURM does not leave out {', '.join(exclude)}: {' '.join(done.stderr.split())}\n")
+        sys.stdout.write(f"job: SLURM does not exclude {', '.join(exclude)}: {' '.join(done.stderr.split())}\n")
     return ""
 
 

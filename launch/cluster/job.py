@@ -9,10 +9,8 @@ event, and writes the same to <run>/job/events.jsonl.
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -31,10 +29,10 @@ from tunesmith.launch.cluster.job_end import (
 from tunesmith.launch.cluster.job_folder import JobFolder, find_job, make_room, write_job
 from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.srun import Srun
-from tunesmith.launch.cluster.start_status import CONTROLLER_SECONDS, RETRY_SECONDS, StartStatus
+from tunesmith.launch.cluster.start_status import CONTROLLER_SECONDS, RETRY_SECONDS, Allocation, StartStatus
 from tunesmith.launch.training_process import TrainingExit
 from tunesmith.train.checkpoint.step_folders import newest_checkpoint
-from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
+from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED
 from tunesmith.train.files import run_folder
 from tunesmith.train.files.fence import fence, token_from_environment
 from tunesmith.train.ranks.fault_plan import RESTART
@@ -49,31 +47,13 @@ POLL_SECONDS = 0.1
 CANCELLED = JobEnd("it was cancelled", "stopped", EXIT_STOPPED)
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """This start of the job."""
-
-    job_id: str
-    restart: int
-    nodes: tuple[str, ...]
-
-    @classmethod
-    def from_environment(cls) -> "Allocation":
-        """Raises ConfigError outside of a job."""
-        job_id = os.environ.get("SLURM_JOB_ID")
-        if job_id is None or "SLURM_JOB_NODELIST" not in os.environ:
-            raise ConfigError("this is no SLURM job.", at="SLURM_JOB_ID", do="submit it with launch/slurm.py.")
-        nodes = controller.host_names(os.environ["SLURM_JOB_NODELIST"])
-        return cls(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")), tuple(nodes))
-
-
 class JobDriver:
     """Drives one start of a job. Raises ConfigError when another run has the folder."""
 
     def __init__(self, spec: JobSpec, allocation: Allocation) -> None:
         self._spec = spec
         self._here = allocation
-        self._status = StartStatus(allocation.job_id, allocation.restart)
+        self._status = StartStatus(allocation)
         self._folder = spec.job_dir
         self._began = time.time()
         self._got_sigterm = False  # from SLURM: this job is being cancelled, requeued or preempted
@@ -108,20 +88,20 @@ class JobDriver:
         return JobFolder(self._spec.run_dir, self._here.job_id)
 
     def _explain_last_end(self) -> None:
-        """The start before this one may have been ended with its node, before it could say so."""
-        turns = [row for row in self._job.own_events() if row["event"] in ("started", "ended")]
-        if not self._here.restart or not turns or turns[-1]["event"] != "started":
+        """Records how the start before this one ended, if its node failed before it could do so."""
+        last = self._job.last_turn()
+        if not self._here.restart or last is None or last["event"] != "started":
             return
-        nodes = [str(node) for node in turns[-1].get("nodes") or []]
-        cause = unhealthy(nodes) or "SLURM requeued it: preempted, requeued by hand, or a node that is well again"
-        self._note_end(cause, "requeued", restart=int(turns[-1]["restart"]))
-        tell(f"restart {self._here.restart} of job {self._here.job_id}, since {cause}")
+        nodes = [str(node) for node in last.get("nodes") or []]
+        cause = unhealthy(nodes) or "SLURM requeued it: preempted, requeued by hand, or a node that recovered"
+        self._note_end(cause, "requeued", restart=int(last["restart"]))
+        tell(f"restart {self._here.restart} of job {self._here.job_id}; the start before ended: {cause}")
 
     def _refuse(self) -> JobEnd | None:
         if self._job.stop_file.exists():
             return CANCELLED
         if self._here.restart > self._spec.max_restarts:
-            return JobEnd(f"it was started {self._here.restart} times again (cluster.max_restarts)", "failed", 1)
+            return JobEnd(f"it was restarted {self._here.restart} times (cluster.max_restarts)", "failed", 1)
         return None
 
     def _preflight(self) -> JobEnd | None:
@@ -131,18 +111,18 @@ class JobDriver:
         out = self._folder / "preflight"
         nonce = preflight.begin(out)
         command = steps.on_each_node(self._spec, preflight.command(out, self._spec.run_dir, nonce))
-        said = _said(command, PREFLIGHT_SECONDS)
+        said = steps.output_of(command, PREFLIGHT_SECONDS)
         if self._got_sigterm or self._job.stop_file.exists():
             return CANCELLED
         sick = preflight.sick_nodes(out, self._here.nodes, gpus=self._spec.gpus_per_node, said=said)
         named = {one.node: one.reason for one in sick if one.node}
         if len(named) == len(self._here.nodes):  # the step itself failed, or was told to end
-            return JobEnd("the look at its nodes was ended, or could not be started", "again", 1)
+            return JobEnd("the check of its nodes was ended, or could not be started", "again", 1)
         self._note_sick(named)
         if not sick:
             return None
         if len(named) == len(sick):
-            return JobEnd(f"not fit: {', '.join(named)} ({sick[0].reason})", "again", 1)
+            return JobEnd(f"unfit nodes: {', '.join(named)} ({sick[0].reason})", "again", 1)
         return JobEnd(f"{sick[0].reason} {sick[0].do}", "failed", EXIT_MISTAKE)
 
     def _train(self) -> JobEnd:
@@ -152,8 +132,8 @@ class JobDriver:
         ends.mkdir(parents=True, exist_ok=True)
         for old in (*ends.iterdir(), *([sick] if sick.exists() else [])):
             old.unlink()
-        goes_on = ["resume.source=auto"] if newest_checkpoint(run_dir) else []
-        command = steps.training(self._spec, restart, [*self._spec.overrides, *goes_on])
+        resume = ["resume.source=auto"] if newest_checkpoint(run_dir) else []
+        command = steps.training(self._spec, restart, [*self._spec.overrides, *resume])
         variables = {
             ENDS: str(ends),
             RESTART: str(restart),
@@ -212,7 +192,7 @@ class JobDriver:
             return CANCELLED
         if ended.was_stopped:
             reasons = sorted({said.split()[1] for said in ended.ranks.values() if len(said.split()) > 1} - {"another"})
-            return JobEnd(f"its ranks stopped, being asked to ({', '.join(reasons) or 'together'})", "again", 75)
+            return JobEnd(f"its ranks stopped as they were asked to ({', '.join(reasons) or 'together'})", "again", 75)
         lost = self._lost_nodes(ended) | sick_nodes_of_the_run(sick)
         self._note_sick(lost)
         names = "".join(f"; node {node}: {reason}" for node, reason in lost.items())
@@ -230,7 +210,7 @@ class JobDriver:
         for node in [node for node in nodes if node not in lost]:
             if self._is_cancelled():
                 break
-            if _said(steps.on_node(node, ["echo", "here"]), PROBE_SECONDS).strip() != "here":
+            if steps.output_of(steps.on_node(node, ["echo", "here"]), PROBE_SECONDS).strip() != "here":
                 lost[node] = f"no answer within {PROBE_SECONDS:g} s"
         return lost
 
@@ -248,7 +228,7 @@ class JobDriver:
         """Requeues the job, unless there is a newer start already, somebody has cancelled it, or it must give up."""
         step = newest_checkpoint(self._spec.run_dir)
         if self._status.is_superseded():
-            tell(f"{job_end.cause}; job {self._here.job_id} was started again meanwhile, so this start just ends")
+            tell(f"{job_end.cause}; job {self._here.job_id} has been started again, so this start ends")
             return job_end
         if self._is_cancelled():
             self._note_sigterm() if self._got_sigterm else self._note_end("it was cancelled", "stopped")
@@ -301,17 +281,6 @@ class JobDriver:
         clean = {name: redact_text(value) if isinstance(value, str) else value for name, value in values.items()}
         number = self._here.restart if restart is None else restart
         append(self._folder, number, event, job_id=self._here.job_id, **clean)
-
-
-def _said(command: list[str], seconds: float) -> str:
-    """The output of a short step; its errors go to the job's log."""
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace", timeout=seconds
-        )
-    except subprocess.TimeoutExpired as late:
-        return (late.stdout or b"").decode(errors="replace") if isinstance(late.stdout, bytes) else ""
-    return done.stdout
 
 
 def tell(text: str) -> None:

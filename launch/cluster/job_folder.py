@@ -64,10 +64,15 @@ class JobFolder:
         """The events of this job alone: a run that failed may have been submitted again."""
         return [row for row in self.events() if row.get("job_id") == self.job_id]
 
+    def last_turn(self) -> dict[str, Any] | None:
+        """The newest start or end of this job; None before the first start."""
+        turns = [event for event in self.own_events() if event["event"] in ("started", "ended")]
+        return turns[-1] if turns else None
+
     def has_ended(self) -> bool:
         """Whether the driver wrote that the job ended and will not start again."""
-        turns = [event for event in self.own_events() if event["event"] in ("started", "ended")]
-        return bool(turns) and turns[-1]["event"] == "ended" and turns[-1].get("then") != "requeued"
+        last = self.last_turn()
+        return last is not None and last["event"] == "ended" and last.get("then") != "requeued"
 
 
 def run_folder_of(text: str) -> Path:

@@ -1,22 +1,43 @@
-"""Whether this start of a job is still the current one, as SLURM's controller and the run folder tell it."""
+"""This start of a job, and whether it is still the current one, as SLURM's controller and the run folder tell it."""
 
+import os
 import sys
 import time
+from dataclasses import dataclass
 
+from tunesmith.launch.cluster import controller
 from tunesmith.launch.cluster.queue import JobFacts, job_facts
-from tunesmith.train.errors import TunesmithError
+from tunesmith.train.errors import ConfigError, TunesmithError
 from tunesmith.train.files.fence import Superseded, fence
 
 CONTROLLER_SECONDS = 3600.0  # for the controller to answer, before the job gives up
 RETRY_SECONDS = 5.0
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """This start of the job."""
+
+    job_id: str
+    restart: int
+    nodes: tuple[str, ...]
+
+    @classmethod
+    def from_environment(cls) -> "Allocation":
+        """Raises ConfigError outside of a job."""
+        job_id = os.environ.get("SLURM_JOB_ID")
+        if job_id is None or "SLURM_JOB_NODELIST" not in os.environ:
+            raise ConfigError("this is not a SLURM job.", at="SLURM_JOB_ID", do="submit it with launch/slurm.py.")
+        nodes = controller.host_names(os.environ["SLURM_JOB_NODELIST"])
+        return cls(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")), tuple(nodes))
+
+
 class StartStatus:
     """The status of one start of a job."""
 
-    def __init__(self, job_id: str, restart: int) -> None:
-        self._job_id = job_id
-        self._restart = restart
+    def __init__(self, allocation: Allocation) -> None:
+        self._job_id = allocation.job_id
+        self._restart = allocation.restart
         self._limit: float | None = None
         self._is_unreachable = False
 

@@ -1,5 +1,6 @@
 """The commands of a job: srun with one task per node for the pre-flight, and one per rank for the training."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,3 +62,14 @@ def in_container(spec: JobSpec, command: list[str]) -> list[str]:
         return [f"--container-image={spec.container}", f"--container-mounts={','.join(mounts)}", *command]
     binds = [word for mount in mounts for word in ("--bind", mount)]
     return ["apptainer", "exec", *(["--nv"] if spec.gpus_per_node else []), *binds, spec.container, *command]
+
+
+def output_of(command: list[str], seconds: float) -> str:
+    """The output of a short step; its errors go to the job's log."""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace", timeout=seconds
+        )
+    except subprocess.TimeoutExpired as late:
+        return (late.stdout or b"").decode(errors="replace") if isinstance(late.stdout, bytes) else ""
+    return done.stdout
