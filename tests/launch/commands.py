@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HEAVY = ("train.run", "train.finish", "train.loop", "train.setup", "train.summary")
+HEAVY = ("train.run.run", "train.run.finish", "train.run.loop", "train.run.setup", "train.run.summary")
 
 
 def tree(root: Path) -> set[str]:
