@@ -41,7 +41,9 @@ class _Turn:
     text: str  # up to and with the end-of-turn token
     start: int  # first character that is learned
     weight: float
-    is_altered: bool  # not as the template renders it: it closes an opened thought, or ends in an eos token of ours
+    is_altered: (
+        bool  # not as the template renders it: it closes an opened thought, or ends in an eos token that it lacks
+    )
 
     @property
     def span(self) -> Span:

@@ -20,7 +20,7 @@ GROUPS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # children of
 MAX_SEED = 2**63 - 1
 
 
-def use_our_lora(model: nn.Module, kernels: Kernels, *, sharded: bool) -> list[str]:
+def use_lora_kernels(model: nn.Module, kernels: Kernels, *, sharded: bool) -> list[str]:
     """Puts our forward on every LoRA layer of a model that it covers; says in words what is left to PEFT, and why.
 
     sharded: under ZeRO 3, where the weights that a layer reads are gathered for it. There each layer is computed alone:
@@ -32,26 +32,26 @@ def use_our_lora(model: nn.Module, kernels: Kernels, *, sharded: bool) -> list[s
     if kernels is Kernels.off:
         return []
     left: dict[str, list[str]] = defaultdict(list)
-    ours: dict[nn.Module, _OurLora] = {}
+    replaced: dict[nn.Module, _LoraForward] = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        why_not = why_not_ours(module)
+        why_not = why_left_to_peft(module)
         if why_not:
             left[why_not].append(name)
             continue
-        ours[module] = _OurLora(module, kernels)
-        module.forward = ours[module].forward
+        replaced[module] = _LoraForward(module, kernels)
+        module.forward = replaced[module].forward
         if sharded:
-            read_by(module, ours[module].foreign_parameters())
+            read_by(module, replaced[module].foreign_parameters())
     if not sharded:
         for parent in model.modules():
-            _group(parent, ours)
+            _group(parent, replaced)
     return [f"LoRA on {_listed(names)} runs through PEFT: {why_not}" for why_not, names in left.items()]
 
 
-def why_not_ours(layer: Any) -> str | None:
-    """Why PEFT's own forward must compute a LoRA layer, in words; None where ours can."""
+def why_left_to_peft(layer: Any) -> str | None:
+    """Why PEFT's own forward must compute a LoRA layer, in words; None where the kernels can."""
     from peft.tuners.lora.layer import Linear
     from peft.tuners.lora.variants import DoraLinearVariant
     from transformers.pytorch_utils import Conv1D
@@ -83,11 +83,11 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} layers, such as {names[0]},"
 
 
-def _group(parent: nn.Module, ours: "dict[nn.Module, _OurLora]") -> None:
+def _group(parent: nn.Module, replaced: "dict[nn.Module, _LoraForward]") -> None:
     """Lets the children of a module that read one tensor find each other while its forward runs."""
     children = dict(parent.named_children())
     for names in GROUPS:
-        members = [ours[children[name]] for name in names if name in children and children[name] in ours]
+        members = [replaced[children[name]] for name in names if name in children and children[name] in replaced]
         members = [member for member in members if member.magnitude is None and not member.transposed]
         if len(members) > 1:
             group = _Group(members)
@@ -95,7 +95,7 @@ def _group(parent: nn.Module, ours: "dict[nn.Module, _OurLora]") -> None:
             parent.register_forward_hook(group.close, always_call=True)
 
 
-class _OurLora:
+class _LoraForward:
     """The forward of one LoRA layer."""
 
     def __init__(self, layer: Any, kernels: Kernels) -> None:
@@ -184,11 +184,11 @@ class _Group:
     Anything else computes alone, so grouping never decides what comes out.
     """
 
-    def __init__(self, members: list[_OurLora]) -> None:
+    def __init__(self, members: list[_LoraForward]) -> None:
         self._members = members
         self._is_open = False
         self._key: tuple[Any, ...] | None = None
-        self._results: dict[_OurLora, torch.Tensor] = {}
+        self._results: dict[_LoraForward, torch.Tensor] = {}
         for member in members:
             member.group = self
 
@@ -200,7 +200,7 @@ class _Group:
         self._is_open, self._key = False, None
         self._results.clear()
 
-    def result(self, member: _OurLora, x: torch.Tensor) -> torch.Tensor | None:
+    def result(self, member: _LoraForward, x: torch.Tensor) -> torch.Tensor | None:
         """A member's output for x; None where it has to compute alone."""
         if not self._is_open or x.is_inference():  # such a tensor does not count the changes made to it
             return None

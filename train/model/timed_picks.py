@@ -13,7 +13,7 @@ from tunesmith.kernels.timed_pick import Workload, pick, picks_as_json, use_pick
 from tunesmith.kernels.timed_workloads import lora_workload, loss_workload
 from tunesmith.train.config.config import Config
 from tunesmith.train.errors import TrainingError
-from tunesmith.train.model.lora_layers import GROUPS, why_not_ours
+from tunesmith.train.model.lora_layers import GROUPS, why_left_to_peft
 from tunesmith.train.model.output_head import SOFTCAPS, output_head
 from tunesmith.train.ranks.distributed import World, all_ranks, broadcast_text
 from tunesmith.train.zero.sharding import full_shape
@@ -74,11 +74,11 @@ def _lora_groups(model: nn.Module, *, alone: bool) -> Iterator[list[str]]:
     """Names of the LoRA layers that our kernels compute, those of one call together."""
     from peft.tuners.lora.layer import LoraLayer
 
-    ours = [
-        name for name, module in model.named_modules() if isinstance(module, LoraLayer) and not why_not_ours(module)
+    replaced = [
+        name for name, module in model.named_modules() if isinstance(module, LoraLayer) and not why_left_to_peft(module)
     ]
     grouped: dict[tuple[str, object], list[str]] = {}
-    for name in ours:
+    for name in replaced:
         parent, _, child = name.rpartition(".")
         family = next((names for names in GROUPS if child in names), None)
         is_plain = not alone and family is not None and not model.get_submodule(name).lora_magnitude_vector

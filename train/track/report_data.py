@@ -46,7 +46,7 @@ CHARTS = (
 
 
 @dataclass
-class Run:
+class ReportedRun:
     """What the files of a run say."""
 
     name: str
@@ -76,7 +76,7 @@ class Run:
         return lookup(self.summary, dotted)
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path) -> ReportedRun:
     """Raises FileNotFoundError where there is no run folder; a missing file in it is an empty part of the report."""
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} is no run folder.")
@@ -85,7 +85,7 @@ def read_run(run_dir: Path) -> Run:
     config = yaml.safe_load(config_file.read_text()) if config_file.exists() else {}
     samples = read_rows(run_dir / "samples.jsonl")
     last_step = max((row["step"] for row in samples), default=0)
-    return Run(
+    return ReportedRun(
         name=str(summary.get("name") or (config or {}).get("name") or run_dir.resolve().name),
         summary=redact(summary),
         config=redact(config or {}),
@@ -101,7 +101,7 @@ def lookup(mapping: dict[str, Any], dotted: str) -> Any:
     return value
 
 
-def headline(run: Run) -> list[tuple[str, str]]:
+def headline(run: ReportedRun) -> list[tuple[str, str]]:
     """The figures one looks for first, those that there are."""
     wanted = [
         ("exact answers", "eval.exact_match", "exact_match"),
@@ -117,7 +117,7 @@ def headline(run: Run) -> list[tuple[str, str]]:
     return tiles[:6]
 
 
-def subtitle(run: Run) -> str:
+def subtitle(run: ReportedRun) -> str:
     """What was trained, on what, in one line."""
     steps, world_size = run.result("steps"), run.result("world_size")
     model, adapter, stage = run.setting("model.name_or_path"), run.setting("adapter.kind"), run.setting("engine.stage")
@@ -137,7 +137,7 @@ RESULTS = ("train_loss", "tokens_per_second", "mfu", "peak_memory_gib", "skipped
 LEFT_OUT = ("name", "status", "error", "seconds", *RESULTS)  # of the summary's plain values; they stand elsewhere
 
 
-def result_rows(run: Run) -> list[tuple[str, str]]:
+def result_rows(run: ReportedRun) -> list[tuple[str, str]]:
     """The final table."""
     rows = [(f"evaluation {words(name)}", shown(name, value)) for name, value in group(run.summary, "eval")]
     rows += [(f"best {words(name)}", shown(name, value)) for name, value in group(run.summary, "best")]
@@ -147,7 +147,7 @@ def result_rows(run: Run) -> list[tuple[str, str]]:
     return rows
 
 
-def fact_rows(run: Run) -> list[tuple[str, str]]:
+def fact_rows(run: ReportedRun) -> list[tuple[str, str]]:
     """What the run was: its settings in words, then what else the summary holds."""
     batch, schedule, optimizer = (run.setting(name) or {} for name in ("batch", "schedule", "optimizer"))
     rows = []

@@ -12,7 +12,7 @@ from tunesmith.train.track.report_data import (
     Chart,
     Line,
     Points,
-    Run,
+    ReportedRun,
     fact_rows,
     headline,
     moving_average,
@@ -101,7 +101,7 @@ s.addEventListener('pointerleave',()=>{{c.style.visibility='hidden';r.textConten
 """
 
 
-def render_html(run: Run) -> str:
+def render_html(run: ReportedRun) -> str:
     """The whole page. What comes from the run is escaped, and the policy lets nothing load or run but what is here."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -120,7 +120,7 @@ def render_html(run: Run) -> str:
 """
 
 
-def header_html(run: Run) -> str:
+def header_html(run: ReportedRun) -> str:
     pill = "pill" if run.status == "finished" else "pill bad"
     tiles = "".join(f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in headline(run))
     error = run.result("error")
@@ -139,7 +139,7 @@ def table_html(title: str, rows: list[tuple[str, str]]) -> str:
     return f'<section><h2>{title}</h2><div class="card"><table>{body}</table></div></section>'
 
 
-def samples_html(run: Run) -> str:
+def samples_html(run: ReportedRun) -> str:
     if not run.samples:
         return ""
     cards = "".join(sample_html(sample) for sample in run.samples)
@@ -159,14 +159,14 @@ def sample_html(sample: dict[str, object]) -> str:
     )
 
 
-def config_html(run: Run) -> str:
+def config_html(run: ReportedRun) -> str:
     if not run.config:
         return ""
     text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
     return f'<details class="card"><summary>Configuration</summary><pre>{escape(text)}</pre></details>'
 
 
-def chart_html(run: Run, chart: Chart) -> str:
+def chart_html(run: ReportedRun, chart: Chart) -> str:
     """A figure with its lines; nothing where the run has no values for it."""
     drawn = [(line, points) for line in chart.lines if (points := run.points(line.metric))]
     if not drawn:

@@ -6,7 +6,7 @@ from typing import Any
 from tunesmith.train.track.report_data import (
     CHARTS,
     Chart,
-    Run,
+    ReportedRun,
     headline,
     moving_average,
     nice_ticks,
@@ -39,7 +39,7 @@ STYLE: dict[str, Any] = {
 }
 
 
-def render_png(run: Run) -> bytes:
+def render_png(run: ReportedRun) -> bytes:
     """A PNG of the headline figures over the charts."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global state as pyplot has
@@ -60,7 +60,7 @@ def render_png(run: Run) -> bytes:
     return buffer.getvalue()
 
 
-def draw_tiles(picture: Any, run: Run) -> None:
+def draw_tiles(picture: Any, run: ReportedRun) -> None:
     tiles = headline(run)
     for index, (label, value) in enumerate(tiles):
         left = LEFT + index * (RIGHT - LEFT) / max(len(tiles), 5)
@@ -68,7 +68,7 @@ def draw_tiles(picture: Any, run: Run) -> None:
         picture.text(left, 0.772, label, fontsize=10.5, color=SOFT, va="center")
 
 
-def draw_chart(panel: Any, run: Run, chart: Chart) -> None:
+def draw_chart(panel: Any, run: ReportedRun, chart: Chart) -> None:
     panel.set_title(chart.title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=9)
     drawn = [(line, points) for line in chart.lines if (points := run.points(line.metric))]
     if not drawn:

@@ -1,4 +1,4 @@
-"""DeepSpeed's config from ours. The one place where its spellings stand."""
+"""DeepSpeed's config from Tunesmith's. The one place where its spellings stand."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,10 +64,10 @@ def check(config: Config, world_size: int) -> None:
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The dictionary for deepspeed.initialize. Raises ConfigError when a raw key contradicts our settings."""
-    ours = _ours(config, world_size)
+    owned = _owned(config, world_size)
     _check_no_secret(config.engine.deepspeed)
-    _check_raw(config.engine.deepspeed, ours)
-    tree = _merged(ours, config.engine.deepspeed)
+    _check_raw(config.engine.deepspeed, owned)
+    tree = _merged(owned, config.engine.deepspeed)
     return tree | {"gradient_clipping": 0.0} if is_plain_fp32(config.engine) else tree
 
 
@@ -78,7 +78,7 @@ def is_plain_fp32(engine: EngineConfig) -> bool:
     return engine.stage == 0 and engine.precision is Precision.fp32
 
 
-def _ours(config: Config, world_size: int) -> dict[str, Any]:
+def _owned(config: Config, world_size: int) -> dict[str, Any]:
     batch, engine = config.batch, config.engine
     accumulation = batch.gradient_accumulation_steps(world_size)
     tree: dict[str, Any] = {
@@ -178,7 +178,7 @@ def _check_no_secret(raw: dict[str, Any], prefix: str = "engine.deepspeed") -> N
         )
 
 
-def _check_raw(raw: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> None:
+def _check_raw(raw: dict[str, Any], owned: dict[str, Any], prefix: str = "") -> None:
     for name, value in raw.items():
         key = f"{prefix}{name}"
         close = get_close_matches(name, SECTIONS, n=1, cutoff=0.8) if not prefix and name not in SECTIONS else []
@@ -188,25 +188,25 @@ def _check_raw(raw: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> N
                 key=f"engine.deepspeed.{name}",
                 do=f"write engine.deepspeed.{close[0]}.",
             )
-        if key in OWNED and (key in ("optimizer", "scheduler") or value != ours.get(name)):
-            mine = f", which makes it {ours[name]}" if name in ours else ""
+        if key in OWNED and (key in ("optimizer", "scheduler") or value != owned.get(name)):
+            mine = f", which makes it {owned[name]}" if name in owned else ""
             raise ConfigError(
                 f"engine.deepspeed.{key}={value} contradicts {OWNED[key]}{mine}.",
                 key=f"engine.deepspeed.{key}",
                 do=f"drop the raw key and set {OWNED[key]}.",
             )
-        if isinstance(ours.get(name), dict) and not isinstance(value, dict):
+        if isinstance(owned.get(name), dict) and not isinstance(value, dict):
             raise ConfigError(
                 f"engine.deepspeed.{key}={value} is a section with settings of its own.",
                 key=f"engine.deepspeed.{key}",
-                do=f"set one of them, such as engine.deepspeed.{key}.{next(iter(ours[name]))}.",
+                do=f"set one of them, such as engine.deepspeed.{key}.{next(iter(owned[name]))}.",
             )
-        if isinstance(value, dict) and isinstance(ours.get(name, {}), dict):
-            _check_raw(value, ours.get(name, {}), f"{key}.")
+        if isinstance(value, dict) and isinstance(owned.get(name, {}), dict):
+            _check_raw(value, owned.get(name, {}), f"{key}.")
 
 
-def _merged(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
-    tree = dict(ours)
+def _merged(owned: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    tree = dict(owned)
     for name, value in raw.items():
         nested = isinstance(value, dict) and isinstance(tree.get(name), dict)
         tree[name] = _merged(tree[name], value) if nested else value

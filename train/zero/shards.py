@@ -42,27 +42,27 @@ SPARE_BYTES = 64 * 2**20
 SHARD_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 
 
-class Record:
+class StandIn:
     """Stands in for a type of DeepSpeed's in its files: takes the fields, runs none of its code."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
 
-class FragmentAddress(Record):
+class FragmentAddress(StandIn):
     """Where a rank's part of a parameter lies in its flat tensor."""
 
     start: int
     numel: int
 
 
-class Stage(Record): ...
+class Stage(StandIn): ...
 
 
-class Scaler(Record): ...
+class Scaler(StandIn): ...
 
 
-class DynamicScaler(Record): ...
+class DynamicScaler(StandIn): ...
 
 
 # All that DeepSpeed 0.19.8 puts into a checkpoint beside plain values and tensors, which torch loads anyway: what

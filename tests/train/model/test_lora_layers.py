@@ -13,7 +13,7 @@ from torch import nn
 
 from tunesmith.train.config.config import Kernels
 from tunesmith.train.model.load import quiet_transformers
-from tunesmith.train.model.lora_layers import use_our_lora
+from tunesmith.train.model.lora_layers import use_lora_kernels
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
 NOTHING_STAYS = [
@@ -54,7 +54,7 @@ def adapted(make_model: Callable[..., Path]) -> Adapted:
 def on_our_kernels(model: Any) -> Any:
     """A copy of a model, on our kernels; nothing is left to PEFT."""
     ours = copy.deepcopy(model)
-    assert use_our_lora(ours, Kernels.torch, sharded=False) == []
+    assert use_lora_kernels(ours, Kernels.torch, sharded=False) == []
     return ours
 
 
@@ -319,7 +319,7 @@ def test_a_copy_of_a_model_computes_with_its_own_weights(adapted: Adapted) -> No
 def test_what_we_do_not_cover_runs_through_peft_and_is_said(lora: dict[str, Any], words: str, adapted: Adapted) -> None:
     theirs = adapted(**lora).eval()
     ours = copy.deepcopy(theirs)
-    (note,) = use_our_lora(ours, Kernels.torch, sharded=False)
+    (note,) = use_lora_kernels(ours, Kernels.torch, sharded=False)
     assert words in note
     assert note.startswith("LoRA on ")
     assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
@@ -332,7 +332,7 @@ def test_hooks_several_adapters_and_mixed_dtypes_are_left_to_peft(adapted: Adapt
     q1.lora_A.to(torch.float32)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     o0.set_adapter(["default", "other"])
-    notes = use_our_lora(model, Kernels.torch, sharded=False)
+    notes = use_lora_kernels(model, Kernels.torch, sharded=False)
     assert sorted(note.split(": ")[1] for note in notes) == [
         "2 adapters are active, not one",
         "hooks inside it would not run",
@@ -358,7 +358,7 @@ def test_an_input_of_another_dtype_and_autocast_go_through_peft_with_a_warning(t
 
 def test_off_leaves_the_model_alone(adapted: Adapted) -> None:
     model = adapted()
-    assert use_our_lora(model, Kernels.off, sharded=False) == []
+    assert use_lora_kernels(model, Kernels.off, sharded=False) == []
     assert not any("forward" in vars(layer) for layer in layers_of(model))
 
 

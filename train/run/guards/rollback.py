@@ -91,7 +91,7 @@ def _text(run_dir: Path) -> str:
 
 
 def _parsed(text: str, run_dir: Path) -> list[dict[str, Any]]:
-    """Raises TrainingError, on all ranks, when the file is not one of ours."""
+    """Raises TrainingError, on all ranks, when the file is not such a list."""
     try:
         found = [
             {
