@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from tunesmith.train.config.config import Packing
+from tunesmith.train.data.example import Example
 from tunesmith.train.data.preview import preview
 from tunesmith.train.data.store import TokenStore, write_store
 
@@ -15,7 +16,9 @@ def store(make_tokenizer, tmp_path):
     prompt, answer = tokenizer.encode("hello é😀\n"), tokenizer.encode(" you é<|im_end|>")
     ids = np.array(prompt + answer, dtype=np.int32)
     weights = np.array([0] * len(prompt) + [1] * len(answer), dtype=np.float32)
-    write_store(tmp_path / "store", [ids], [weights], ["data.jsonl:7"], sequence_length=32, packing=Packing.best_fit)
+    write_store(
+        tmp_path / "store", [Example("data.jsonl:7", ids, weights)], sequence_length=32, packing=Packing.best_fit
+    )
     return TokenStore(tmp_path / "store", sequence_length=32, packing=Packing.best_fit)
 
 
