@@ -26,7 +26,7 @@ def sweep(arguments: list[str]) -> None:
             at="launch/sweep.py",
             do="pip install -e '.[sweep]'.",
         ) from None
-    command.sweep(arguments)
+    command.sweep(arguments, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ HOMES = {
     "transformers": {"data", "model", "answer", "zero"},
     "peft": {"model", "answer"},
     "hydra": {"config", "launch.sweeping"},
+    "submitit": {"launch.sweeping"},
     "triton": {"kernels"},
 }
 

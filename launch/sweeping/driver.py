@@ -1,4 +1,4 @@
-"""The loop of a sweep: fill free places with trials, follow them, note how they ended, until nothing is left to do."""
+"""The loop of a sweep: start trials where there is room, follow them, note how they ended, until none is left."""
 
 import signal
 import sys
@@ -8,17 +8,17 @@ from types import FrameType
 
 from optuna.trial import Trial, TrialState
 
-from tunesmith.launch.sweeping.hydra_part import check_trial
-from tunesmith.launch.sweeping.outcome import Outcome, curve, outcome_of
-from tunesmith.launch.sweeping.places import Attempt, NotNow, Place, has_job, is_busy
-from tunesmith.launch.sweeping.plan import Plan
-from tunesmith.launch.sweeping.report import experiment_commands, write_report
-from tunesmith.launch.sweeping.result import best_trials
+from tunesmith.launch.sweeping.hours import budget_spent, note_end, note_start
+from tunesmith.launch.sweeping.plan import SweepPlan
+from tunesmith.launch.sweeping.report import write_report
 from tunesmith.launch.sweeping.settings import Pruner
-from tunesmith.launch.sweeping.trials import ENDED, Trials, begin_attempt, end_attempt, seconds_of, spans_of
+from tunesmith.launch.sweeping.slots import NotNow, Slots, StartedTrial, is_busy
+from tunesmith.launch.sweeping.trial_outcome import TrialOutcome, curve, outcome_of
+from tunesmith.launch.sweeping.trials import STATES, Trials
 from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.errors import TunesmithError
+from tunesmith.train.files.run_folder import JOB
 from tunesmith.train.ranks.stop import SIGNALS
 from tunesmith.train.redact import redact_text
 from tunesmith.train.track.console import duration, figure
@@ -30,43 +30,42 @@ REPORT_SECONDS = 60.0  # between two reports while nothing else happens
 
 
 @dataclass
-class Running:
+class ClaimedTrial:
     """A trial that this driver has claimed."""
 
     trial: Trial
-    attempt: Attempt | None = None  # None while an earlier attempt still ends
-    started: float = field(default_factory=time.monotonic)
+    started: StartedTrial | None = None  # None while an earlier attempt still ends
+    since: float = field(default_factory=time.monotonic)
     followed: float = 0.0
-    reported: set[int] = field(default_factory=set)
+    reported: set[int] = field(default_factory=set)  # steps
     is_pruned: bool = False
 
+    @property
+    def number(self) -> int:
+        return self.trial.number
 
-class Driver:
+
+class SweepDriver:
     """Runs the trials of one command."""
 
-    def __init__(self, plan: Plan, trials: Trials, place: Place) -> None:
-        self.trials, self.folder = trials, plan.folder
-        self._plan, self._place = plan, place
-        self._running: dict[int, Running] = {}
-        self._asked: str | None = None
-        self._budget_spent: str | None = None
-        self._written = 0.0
+    def __init__(self, plan: SweepPlan, trials: Trials, slots: Slots) -> None:
+        self.plan, self.trials = plan, trials
+        self.asked: str | None = None  # the signal that ended it
+        self.budget_spent: str | None = None  # the limit that ended it, in words
+        self._slots = slots
+        self._claimed: dict[int, ClaimedTrial] = {}
+        self._reported = 0.0
         self._filled = 0.0
         self._not_before = 0.0  # no trial is started until then
         self._said: str | None = None  # why
 
     def announce(self) -> None:
         """Says what is about to happen."""
-        plan, ended = self._plan, [trial for trial in self.trials.all() if trial.state in ENDED]
-        settings = plan.settings
+        plan, settings = self.plan, self.plan.settings
         goals = ", ".join(f"{way} {metric}" for metric, way in zip(settings.metrics, settings.directions, strict=True))
         say(f"{plan.study_name}: {plan.num_trials} trials ({settings.sampler}) to {goals}; folder {plan.folder}")
-        if ended:
-            say(f"{len(ended)} of them have ended before and are not run again")
-
-    def best_commands(self) -> list[str]:
-        """The commands that run the best trials again."""
-        return experiment_commands(self._plan, best_trials(self.trials))
+        if ended := sum(trial.state in STATES for trial in self.trials.all()):
+            say(f"{ended} of them have ended before and are not run again")
 
     def run(self) -> None:
         """Returns when no trial is left for it, the budget is spent, or it was asked to stop."""
@@ -78,206 +77,153 @@ class Driver:
             for number, handler in kept.items():
                 signal.signal(number, handler)
 
-    @property
-    def asked(self) -> str | None:
-        """The signal that ended it."""
-        return self._asked
-
-    @property
-    def budget_spent(self) -> str | None:
-        """The limit that ended it, in words."""
-        return self._budget_spent
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._asked = self._asked or signal.Signals(number).name
+        self.asked = self.asked or signal.Signals(number).name
 
     def _step(self) -> bool:
-        for running in list(self._running.values()):
-            self._look(running)
-        if self._asked:
-            for running in self._running.values():
-                if running.attempt is not None:
-                    running.attempt.stop()
+        for claimed in list(self._claimed.values()):
+            self._look(claimed)
+        if self.asked:
+            for claimed in list(self._claimed.values()):
+                if claimed.started is not None:
+                    claimed.started.stop()
                 else:
-                    self._drop(running)
-            self._running = {n: one for n, one in self._running.items() if one.attempt is not None}
-        elif not self._fill() and not self._running:
+                    self._give_back(claimed)
+        elif not self._fill() and not self._claimed:
             return False
-        if time.monotonic() - self._written > REPORT_SECONDS:
+        if time.monotonic() - self._reported > REPORT_SECONDS:
             self._report()
-        return bool(self._running) or not self._asked
+        return bool(self._claimed) or not self.asked
 
-    def _drop(self, running: Running) -> None:
-        self.trials.give_back(running.trial.number)
+    def _give_back(self, claimed: ClaimedTrial) -> None:
+        self.trials.give_back(claimed.number)
+        del self._claimed[claimed.number]
 
     def _fill(self) -> bool:
         """Starts what there is room for; False when nothing was started because there is nothing to start."""
-        if time.monotonic() < self._not_before or (self._running and time.monotonic() - self._filled < FILL_SECONDS):
+        if time.monotonic() < self._not_before or (self._claimed and time.monotonic() - self._filled < FILL_SECONDS):
             return True
         self._filled = time.monotonic()
-        while len(self._running) < self._plan.settings.n_jobs:
-            if not self._place.has_room():
+        while len(self._claimed) < self.plan.settings.n_jobs and time.monotonic() >= self._not_before:
+            if not self._slots.has_room():
                 return True
-            self._budget_spent = budget_spent(self._plan, self.trials)
-            trial = self.trials.claim_next(may_begin=self._budget_spent is None)
+            self.budget_spent = budget_spent(self.plan, self.trials)
+            trial = self.trials.claim_next(may_begin=self.budget_spent is None)
             if trial is None:
                 return False
-            running = Running(trial, reported=set(self.trials.study.trials[trial.number].intermediate_values))
-            self._running[trial.number] = running
-            self._start(running)
-            if time.monotonic() < self._not_before:
-                return True
+            known = self.trials.study.trials[trial.number].intermediate_values
+            self._claimed[trial.number] = ClaimedTrial(trial, reported=set(known))
+            self._start(self._claimed[trial.number])
         return True
 
-    def _start(self, running: Running) -> None:
-        trial = running.trial
-        folder = self._plan.trial_folder(trial.number)
-        if is_busy(folder) and not has_job(folder):  # a job is found in the queue again
+    def _start(self, claimed: ClaimedTrial) -> None:
+        trial, folder = claimed.trial, self.plan.trial_folder(claimed.number)
+        if is_busy(folder) and not (folder / JOB / "job.json").is_file():  # a job is found in the queue again
             return  # looked at again in the next round
-        overrides = self._plan.overrides(trial.number, trial.params)
+        overrides = self.plan.overrides(trial.number, trial.params)
         goes_on = newest_checkpoint(folder)
         if goes_on:
             overrides.append("resume.source=auto")
         trial.set_user_attr("overrides", overrides)
         try:
-            self._check(overrides)
-            running.attempt = self._place.start(trial.number, overrides, trial.user_attrs.get("job_id"))
+            compose_config(overrides, self.plan.config_dir)  # a combination that no training takes, a changed file
+            claimed.started = self._slots.start(trial.number, overrides, trial.user_attrs.get("job_id"))
         except NotNow as error:
-            self._wait(running, error)
+            self._wait(claimed, error)
             return
         except TunesmithError as error:
-            begin_attempt(trial, self._plan.gpus)
-            self._end(running, Outcome("failed", cause=redact_text(f"{type(error).__name__}: {error.what}")))
+            note_start(trial, self.plan.gpus)
+            cause = redact_text(f"{type(error).__name__}: {error.what}")
+            self._end(claimed, TrialOutcome("failed", cause=cause))
             return
-        begin_attempt(trial, self._plan.gpus)
+        note_start(trial, self.plan.gpus)
         self._said = None
-        if job_id := getattr(running.attempt, "job_id", None):
+        if job_id := getattr(claimed.started, "job_id", None):
             trial.set_user_attr("job_id", job_id)
-        where = running.attempt.described()
         again = f" again, from step {goes_on}" if goes_on else " again" if len(trial.user_attrs["spans"]) > 1 else ""
-        say(f"trial {trial.number} starts{again} {where}: {shown_params(trial.params)}")
+        params = " ".join(f"{k}={f'{v:.4g}' if isinstance(v, float) else v}" for k, v in trial.params.items())
+        say(f"trial {trial.number} starts{again} {claimed.started.described()}: {params}")
 
-    def _wait(self, running: Running, error: NotNow) -> None:
+    def _wait(self, claimed: ClaimedTrial, error: NotNow) -> None:
         """Gives the trial back, for whoever can start it first: this driver looks again a while later."""
-        number = running.trial.number
-        self._drop(running)
-        del self._running[number]
+        self._give_back(claimed)
         self._not_before = time.monotonic() + error.seconds
         if str(error) != self._said:
             self._said = str(error)
-            say(f"trial {number} waits, and is tried again every {error.seconds:g} s: {error}")
+            say(f"trial {claimed.number} waits, and is tried again every {error.seconds:g} s: {error}")
 
-    def _check(self, overrides: list[str]) -> None:
-        """Raises ConfigError for a combination that no training takes, and for a file that was changed meanwhile."""
-        compose_config(overrides, self._plan.config_dir)
-        check_trial(overrides, self._plan.config_dir)
+    def _look(self, claimed: ClaimedTrial) -> None:
+        if claimed.started is None:
+            if not self.asked:
+                self._start(claimed)
+        elif not claimed.started.has_ended():
+            self._follow(claimed)
+        else:
+            self._follow(claimed, last=True)
+            folder, log = self.plan.trial_folder(claimed.number), self.plan.log(claimed.number)
+            self._end(claimed, outcome_of(folder, log, claimed.started.exit_code(), self.plan.settings.metrics))
 
-    def _look(self, running: Running) -> None:
-        if running.attempt is None:
-            if not self._asked:
-                self._start(running)
-            return
-        ended = running.attempt.poll()
-        if ended is None:
-            self._follow(running)
-            return
-        self._follow(running, last=True)
-        number = running.trial.number
-        folder, log = self._plan.trial_folder(number), self._plan.log(number)
-        self._end(running, outcome_of(folder, log, ended.code, self._plan.settings.metrics))
-
-    def _follow(self, running: Running, *, last: bool = False) -> None:
+    def _follow(self, claimed: ClaimedTrial, *, last: bool = False) -> None:
         """Tells the study how the trial does, and stops it when the others did better."""
-        settings = self._plan.settings
-        if settings.pruner is Pruner.none or (not last and time.monotonic() - running.followed < FOLLOW_SECONDS):
+        settings = self.plan.settings
+        if settings.pruner is Pruner.none or (not last and time.monotonic() - claimed.followed < FOLLOW_SECONDS):
             return
-        running.followed = time.monotonic()
-        folder = self._plan.trial_folder(running.trial.number)
-        new = [(step, value) for step, value in curve(folder, settings.metrics[0]) if step not in running.reported]
+        claimed.followed = time.monotonic()
         is_hopeless = False
-        for step, value in new:
-            running.trial.report(value, step)
-            running.reported.add(step)
-            is_hopeless |= running.trial.should_prune()  # asked at each step: asha notes there how far the trial came
+        for step, value in curve(self.plan.trial_folder(claimed.number), settings.metrics[0]):
+            if step not in claimed.reported:
+                claimed.trial.report(value, step)
+                claimed.reported.add(step)
+                is_hopeless |= claimed.trial.should_prune()  # at each step: asha notes there how far the trial came
         if last:
             return
-        running.is_pruned |= is_hopeless
-        if running.is_pruned:
-            assert running.attempt is not None
-            running.attempt.stop()  # more than once: SLURM may not have answered
+        claimed.is_pruned |= is_hopeless
+        if claimed.is_pruned and claimed.started is not None:
+            claimed.started.stop()  # more than once: SLURM may not have answered
 
-    def _end(self, running: Running, outcome: Outcome) -> None:
-        trial, study = running.trial, self.trials.study
-        end_attempt(trial)
+    def _end(self, claimed: ClaimedTrial, outcome: TrialOutcome) -> None:
+        trial, study = claimed.trial, self.trials.study
+        note_end(trial)
         if outcome.figures:
             trial.set_user_attr("figures", outcome.figures)
-        was_asked = self._asked is not None
         if outcome.status == "finished":
             study.tell(trial, outcome.values)
-        elif running.is_pruned and outcome.status == "stopped":
+        elif claimed.is_pruned and outcome.status == "stopped":
             study.tell(trial, state=TrialState.PRUNED)
-            outcome = Outcome("pruned")
-        elif outcome.status == "stopped" and not was_asked:
-            outcome = Outcome("failed", cause="somebody else stopped it")
+            outcome = TrialOutcome("pruned")
+        elif outcome.status == "stopped" and not self.asked:
+            outcome = TrialOutcome("failed", cause="somebody else stopped it")
         if outcome.status == "failed":
             trial.set_user_attr("cause", outcome.cause)
             study.tell(trial, state=TrialState.FAIL)
-        self.trials.give_back(trial.number)
-        del self._running[trial.number]
+        self._give_back(claimed)
         self._filled = 0.0
-        say(f"trial {trial.number} {self._ended_words(running, outcome)}")
+        after = duration(time.monotonic() - claimed.since)
+        say(f"trial {trial.number} {self._in_words(claimed.number, outcome, after)}")
         self._report()
 
-    def _ended_words(self, running: Running, outcome: Outcome) -> str:
-        metrics = self._plan.settings.metrics
-        after = f"after {duration(time.monotonic() - running.started)}"
+    def _in_words(self, number: int, outcome: TrialOutcome, after: str) -> str:
+        metrics = self.plan.settings.metrics
         if outcome.status == "finished":
-            values = [
-                f"{name} {figure(name, value)}" for name, value in zip(metrics, outcome.values or [], strict=True)
-            ]
-            return f"finished {after}: {', '.join(values)}{self._best_words(running.trial.number)}"
-        if outcome.status == "pruned":
-            step, value = max(curve(self._plan.trial_folder(running.trial.number), metrics[0]), default=(0, 0.0))
+            pairs = zip(metrics, outcome.values, strict=True)
+            best = ", the best so far" if number in self.trials.best() else ""
             return (
-                f"stopped early {after}: {metrics[0]} {figure(metrics[0], value)} at step {step} is behind the others"
+                f"finished after {after}: {', '.join(f'{name} {figure(name, value)}' for name, value in pairs)}{best}"
             )
+        if outcome.status == "pruned":
+            step, value = max(curve(self.plan.trial_folder(number), metrics[0]), default=(0, 0.0))
+            said = f"{metrics[0]} {figure(metrics[0], value)} at step {step} is behind the others"
+            return f"stopped early after {after}: {said}"
         if outcome.status == "stopped":
-            return f"stopped {after}; the same command goes on"
-        return f"failed {after}: {outcome.cause}"
-
-    def _best_words(self, number: int) -> str:
-        return ", the best so far" if number in {trial.number for trial in self.trials.study.best_trials} else ""
+            return f"stopped after {after}; the same command goes on"
+        return f"failed after {after}: {outcome.cause}"
 
     def _report(self) -> None:
-        self._written = time.monotonic()
+        self._reported = time.monotonic()
         try:
-            write_report(self._plan, self.trials)
+            write_report(self.plan, self.trials)
         except OSError as error:
             say(f"the report cannot be written: {error.strerror}")
-
-
-def budget_spent(plan: Plan, trials: Trials) -> str | None:
-    """The limit of hours that is reached, in words; None while there is time left."""
-    settings = plan.settings
-    if settings.max_hours is None and settings.max_gpu_hours is None:
-        return None
-    spans: list[tuple[float, float]] = []
-    gpu_seconds = 0.0
-    for trial in trials.all():
-        is_running = trials.is_mine(trial.number) or trials.is_held_elsewhere(trial)
-        own = list(spans_of(trial.user_attrs, plan.trial_folder(trial.number), is_running=is_running))
-        spans += own
-        gpu_seconds += sum(end - start for start, end in own) * int(trial.user_attrs.get("gpus", 0))
-    if settings.max_hours is not None and seconds_of(spans) >= settings.max_hours * 3600:
-        return f"hydra.sweeper.max_hours={settings.max_hours:g} is spent"
-    if settings.max_gpu_hours is not None and gpu_seconds >= settings.max_gpu_hours * 3600:
-        return f"hydra.sweeper.max_gpu_hours={settings.max_gpu_hours:g} is spent"
-    return None
-
-
-def shown_params(params: dict[str, object]) -> str:
-    """optimizer.learning_rate=0.000123 adapter.r=8"""
-    return " ".join(f"{key}={f'{value:.4g}' if isinstance(value, float) else value}" for key, value in params.items())
 
 
 def say(text: str) -> None:

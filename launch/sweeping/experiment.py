@@ -1,65 +1,82 @@
-"""A trial as an experiment file: what differs from Tunesmith's defaults, so that it runs as +exp=<name>."""
+"""The best trials as experiment files: what differs from Tunesmith's defaults, so that each runs as +exp=<name>."""
 
-from pathlib import Path
+import shlex
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
-from tunesmith.launch.sweeping.plan import OWN_KEYS, Plan
+from tunesmith.launch.sweeping.plan import OWN_KEYS, SweepPlan
+from tunesmith.launch.sweeping.result import SweepResult
 from tunesmith.train.config.compose import compose_config, compose_tree, group_options
 from tunesmith.train.files.durable import write_atomically
 from tunesmith.train.paths import CONF_DIR
+from tunesmith.train.track.console import figure
 
 HEAD = "# @package _global_\n"
 
 
-def write_experiment(plan: Plan, number: int, params: dict[str, Any], name: str, comment: str) -> Path:
-    """Writes <sweep>/conf/exp/<name>.yaml, which composes to the config of the trial; returns its path."""
-    path = plan.folder / "conf" / "exp" / f"{name}.yaml"
-    if path.is_file() and path.read_text(encoding="utf-8").startswith(f"{HEAD}# {comment}\n"):
-        return path
+def write_experiments(plan: SweepPlan, result: SweepResult) -> None:
+    """Writes <sweep>/conf/exp/<name>.yaml for each of the best trials, and removes those that were it for a while."""
+    folder = plan.folder / "conf" / "exp"
+    names = {experiment_name(plan, number) for number in result.best}
+    for path in folder.glob("*.yaml"):
+        if path.stem not in names:
+            path.unlink()
+    for row in result.rows:
+        if row.number in result.best:
+            name = experiment_name(plan, row.number)
+            pairs = zip(result.metrics, row.values or [], strict=True)
+            values = ", ".join(f"{metric} {figure(metric, value)}" for metric, value in pairs)
+            head = f"{HEAD}# Trial {row.number} of the sweep {result.name}: {values}.\n"
+            path = folder / f"{name}.yaml"
+            if not path.is_file() or not path.read_text(encoding="utf-8").startswith(head):
+                tree = experiment(plan, row.params, name)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, f"{head}{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}".encode())
+
+
+def experiment_name(plan: SweepPlan, number: int) -> str:
+    """<sweep>; of a Pareto set <sweep>-<trial>."""
+    return plan.study_name if len(plan.settings.metrics) == 1 else f"{plan.study_name}-{number}"
+
+
+def experiment_commands(plan: SweepPlan, numbers: list[int]) -> dict[int, str]:
+    """The commands that run trials of the best ones again."""
+    folder = shlex.quote(str(plan.folder / "conf"))
+    return {
+        number: f"deepspeed launch/train.py +exp={experiment_name(plan, number)} --config-dir {folder}"
+        for number in numbers
+    }
+
+
+def experiment(plan: SweepPlan, params: dict[str, Any], name: str) -> dict[str, Any]:
+    """The tree of a file that composes to the config of a trial."""
     composed = compose_config(plan.space.overrides(params), plan.config_dir)
     assert composed.origins is not None
-    wanted = _without_own(composed.resolved)
     listed = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     usual = {group: option for entry in listed if isinstance(entry, dict) for group, option in entry.items()}
-    chosen = {group: options[0] for group, options in composed.origins.choices().items() if group in usual}
     chosen = {
-        group: option
-        for group, option in chosen.items()
-        if option != usual[group] and option in group_options(group, [CONF_DIR])
+        group: options[0]
+        for group, options in composed.origins.choices().items()
+        if group in usual and options[0] != usual[group] and options[0] in group_options(group, [CONF_DIR])
     }
-    base = OmegaConf.to_container(
-        compose_tree([f"{group}={option}" for group, option in chosen.items()]), enum_to_str=True
-    )
-    assert isinstance(base, dict)
+    base = compose_tree([f"{group}={option}" for group, option in chosen.items()])
     tree: dict[str, Any] = {}
     if chosen:
         tree["defaults"] = [{f"override /{group}": option} for group, option in chosen.items()] + ["_self_"]
-    tree |= {"name": name} | _differences(wanted, base)
-    text = f"{HEAD}# {comment}\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
-    return path
+    tree["name"] = name
+    return tree | _differences(composed.resolved, OmegaConf.to_container(base, enum_to_str=True))
 
 
-def _without_own(resolved: dict[str, Any]) -> dict[str, Any]:
-    """A config without what is each run's own."""
-    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in resolved.items()}
-    for key in OWN_KEYS:
-        group, _, name = key.rpartition(".")
-        (tree[group] if group else tree).pop(name, None)
-    return tree
-
-
-def _differences(wanted: dict[str, Any], base: dict[Any, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _differences(wanted: dict[str, Any], base: Any, prefix: str = "") -> dict[str, Any]:
+    """What is not each run's own, and is not so in the base."""
+    different: dict[str, Any] = {}
     for key, value in wanted.items():
         there = base.get(key)
         if isinstance(value, dict) and isinstance(there, dict):
-            if inner := _differences(value, there):
-                found[key] = inner
-        elif key not in base or value != there:
-            found[key] = value
-    return found
+            if inner := _differences(value, there, f"{prefix}{key}."):
+                different[key] = inner
+        elif f"{prefix}{key}" not in OWN_KEYS and (key not in base or value != there):
+            different[key] = value
+    return different

@@ -40,8 +40,8 @@ def _draw(space: Space, settings: SweeperConfig, trials: Sequence[FrozenTrial], 
     seed = random.Random(f"{settings.seed} {len(trials)} {draw}").randrange(2**31)
     directions = [StudyDirection[way.upper()] for way in settings.directions]
     study = optuna.create_study(directions=directions, sampler=_sampler(settings, seed))
-    study.add_trials([trial for trial in trials if trial.state != optuna.trial.TrialState.WAITING])
-    return dict(study.ask(space.distributions()).params)
+    study.add_trials(trials)
+    return dict(study.ask(dict(space.dimensions)).params)
 
 
 def _sampler(settings: SweeperConfig, seed: int) -> BaseSampler:

@@ -1,5 +1,6 @@
 """What is known of a sweep at a moment: its trials, their figures, the best ones. The report is made of it."""
 
+import itertools
 import math
 import time
 import warnings
@@ -10,17 +11,18 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from tunesmith.launch.sweeping.outcome import curve
-from tunesmith.launch.sweeping.plan import Plan
-from tunesmith.launch.sweeping.space import Interval
-from tunesmith.launch.sweeping.trials import STATES, Trials, seconds_of, spans_of
+from tunesmith.launch.sweeping.hours import hours_of, spans_of
+from tunesmith.launch.sweeping.plan import SweepPlan
+from tunesmith.launch.sweeping.trial_outcome import curve
+from tunesmith.launch.sweeping.trials import STATES, Trials
+from tunesmith.train.track.console import figure
 
 CURVE = "eval/loss"  # drawn for every trial; the training loss where there are no evaluations
 ENOUGH_FOR_IMPORTANCE = 4  # finished trials
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialRow:
     """One trial."""
 
     number: int
@@ -30,123 +32,119 @@ class Row:
     figures: dict[str, float]
     seconds: float
     cause: str | None
-    curve: list[tuple[int, float]]
-    curve_metric: str
     folder: str
+    curve: list[tuple[int, float]]
+
+    @property
+    def value(self) -> float:
+        """Of the first metric. Only where there is one."""
+        return self.values[0] if self.values else math.nan
 
 
 @dataclass(frozen=True)
-class Result:
+class SweepResult:
     """The whole sweep."""
 
     name: str
-    status: str  # finished, or running: trials are left or under way
-    metrics: list[str]
-    directions: list[str]
-    rows: list[Row]
+    status: str  # finished, or unfinished: trials are left or under way
+    metrics: dict[str, str]  # name: minimize or maximize
+    rows: list[TrialRow]
     best: list[int]  # the best trial; of several metrics the Pareto set
     importances: dict[str, float]
     hours: float
     gpu_hours: float
-    log_keys: frozenset[str]  # parameters that were searched in the logarithm
     num_trials: int
+    log_keys: frozenset[str]  # parameters that were searched in the logarithm
+    curve_metric: str
 
     def as_dict(self) -> dict[str, Any]:
         """The content of sweep.json."""
-        return {
-            "name": self.name,
-            "status": self.status,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "metrics": dict(zip(self.metrics, self.directions, strict=True)),
-            "num_trials": self.num_trials,
-            "counts": self.counts(),
-            "best": self.best,
-            "importances": self.importances,
-            "hours": self.hours,
-            "gpu_hours": self.gpu_hours,
-            "trials": [
-                {
-                    "number": row.number,
-                    "status": row.status,
-                    "params": row.params,
-                    "values": row.values,
-                    "figures": row.figures,
-                    "seconds": round(row.seconds, 1),
-                    "cause": row.cause,
-                    "folder": row.folder,
-                }
-                for row in self.rows
-            ],
-        }
+        trials = [vars(row) | {"seconds": round(row.seconds, 1)} for row in self.rows]
+        for trial in trials:
+            del trial["curve"]
+        tree = vars(self) | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "counts": self.counts(), "trials": trials}
+        for name in ("rows", "log_keys", "curve_metric"):
+            del tree[name]
+        return tree
 
     def counts(self) -> dict[str, int]:
         """Trials by status."""
         statuses = [row.status for row in self.rows]
         return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
 
+    @property
+    def metric(self) -> str:
+        """The first one."""
+        return next(iter(self.metrics))
 
-def read_result(plan: Plan, trials: Trials) -> Result:
+    @property
+    def direction(self) -> str:
+        return self.metrics[self.metric]
+
+    @property
+    def done(self) -> list[TrialRow]:
+        """The finished trials."""
+        return [row for row in self.rows if row.values]
+
+    @property
+    def keys(self) -> list[str]:
+        """The parameters of the trials."""
+        return list(dict.fromkeys(key for row in self.rows for key in row.params))
+
+    @property
+    def columns(self) -> list[str]:
+        """Of a table of the trials; cells() has what stands in them."""
+        return ["trial", "status", *self.metrics, *self.keys]
+
+    def cells(self, row: TrialRow) -> list[str]:
+        values = row.values or itertools.repeat(None)
+        params = [row.params.get(key, "") for key in self.keys]
+        return [
+            *(str(row.number), row.status),
+            *(figure(name, value) for name, value in zip(self.metrics, values, strict=False)),
+            *(f"{param:.4g}" if isinstance(param, float) else str(param) for param in params),
+        ]
+
+
+def read_result(plan: SweepPlan, trials: Trials) -> SweepResult:
     """What the database and the run folders say."""
-    frozen = [trial for trial in trials.all() if trial.state is not TrialState.WAITING]
-    rows = [_row(plan, trials, trial) for trial in frozen]
-    spans = [
-        list(spans_of(trial.user_attrs, plan.trial_folder(trial.number), is_running=row.status == "running"))
-        for trial, row in zip(frozen, rows, strict=True)
-    ]
-    gpus = [int(trial.user_attrs.get("gpus", 0)) for trial in frozen]
-    gpu_seconds = sum(count * sum(end - start for start, end in own) for count, own in zip(gpus, spans, strict=True))
-    has_all = len(frozen) >= plan.num_trials and all(row.status in STATES.values() for row in rows)
-    return Result(
+    metric = CURVE if plan.config.evaluate.every_steps else "train/loss"
+    rows = [_row(plan, trials, trial, metric) for trial in trials.all()]
+    hours, gpu_hours = hours_of(plan, trials)
+    has_all = len(rows) >= plan.num_trials and all(row.status in STATES.values() for row in rows)
+    return SweepResult(
         name=plan.study_name,
         status="finished" if has_all else "unfinished",
-        metrics=plan.settings.metrics,
-        directions=plan.settings.directions,
+        metrics=dict(zip(plan.settings.metrics, plan.settings.directions, strict=True)),
         rows=rows,
-        best=best_trials(trials),
+        best=trials.best(),
         importances=_importances(trials),
-        hours=seconds_of([span for own in spans for span in own]) / 3600,
-        gpu_hours=gpu_seconds / 3600,
-        log_keys=frozenset(
-            key for key, one in plan.space.dimensions.items() if isinstance(one, Interval) and one.is_log
-        ),
+        hours=hours,
+        gpu_hours=gpu_hours,
         num_trials=plan.num_trials,
+        log_keys=frozenset(key for key, one in plan.space.dimensions.items() if getattr(one, "log", False)),
+        curve_metric=metric,
     )
 
 
-def best_trials(trials: Trials) -> list[int]:
-    """The number of the best trial, or of those that no other is better than in every metric. Empty without one."""
-    return sorted(trial.number for trial in trials.study.best_trials) if _finished(trials) else []
-
-
-def _finished(trials: Trials) -> list[FrozenTrial]:
-    return [trial for trial in trials.all() if trial.state is TrialState.COMPLETE]
-
-
-def _row(plan: Plan, trials: Trials, trial: FrozenTrial) -> Row:
-    folder = plan.trial_folder(trial.number)
-    status = STATES.get(trial.state)
-    if status is None:
-        held = trials.is_mine(trial.number) or trials.is_held_elsewhere(trial)
-        status = "running" if held else "stopped"
-    metric = CURVE if plan.config.evaluate.every_steps else "train/loss"
-    spans = spans_of(trial.user_attrs, folder, is_running=status == "running")
-    return Row(
+def _row(plan: SweepPlan, trials: Trials, trial: FrozenTrial, curve_metric: str) -> TrialRow:
+    folder, is_running = plan.trial_folder(trial.number), trials.is_run(trial)
+    return TrialRow(
         number=trial.number,
-        status=status,
+        status=STATES.get(trial.state) or ("running" if is_running else "stopped"),
         params=dict(trial.params),
         values=list(trial.values) if trial.values is not None else None,
         figures=trial.user_attrs.get("figures", {}),
-        seconds=sum(end - start for start, end in spans),
+        seconds=sum(until - since for since, until in spans_of(trial, folder, is_running=is_running)),
         cause=trial.user_attrs.get("cause"),
-        curve=curve(folder, metric),
-        curve_metric=metric,
         folder=str(folder),
+        curve=curve(folder, curve_metric),
     )
 
 
 def _importances(trials: Trials) -> dict[str, float]:
     """Share of each parameter in how good a trial becomes, by the first metric; empty while there is too little."""
-    finished = _finished(trials)
+    finished = [trial for trial in trials.all() if trial.state is TrialState.COMPLETE]
     values = {trial.values[0] for trial in finished if trial.values}
     varied = [key for key in (finished[0].params if finished else {}) if len({t.params.get(key) for t in finished}) > 1]
     if len(finished) < ENOUGH_FOR_IMPORTANCE or len(values) < 2 or not varied:
@@ -156,10 +154,10 @@ def _importances(trials: Trials) -> dict[str, float]:
     sign = 1.0 if trials.study.directions[0] is StudyDirection.MINIMIZE else -1.0  # it explains low values
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes the importances of params to")
-        found = get_param_importances(
+        shares = get_param_importances(
             trials.study,
             evaluator=PedAnovaImportanceEvaluator(evaluate_on_local=False),
             params=varied,
             target=lambda trial: sign * float((trial.values or [math.nan])[0]),
         )
-    return {key: value for key, value in found.items() if math.isfinite(value)}
+    return {key: share for key, share in shares.items() if math.isfinite(share)}

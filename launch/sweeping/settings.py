@@ -9,7 +9,6 @@ from tunesmith.train.config.schema.checks import check_no_empty_text, check_not_
 from tunesmith.train.errors import ConfigError
 
 GROUP = "hydra.sweeper"
-TARGET = "tunesmith.launch.sweeping.sweeper.TunesmithSweeper"  # for Hydra's reader; nothing instantiates it
 STUDY_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 DEFAULT_TRIALS = 20  # of random and tpe; hydra-optuna-sweeper's own
 HIGHER_IS_BETTER = {"eval/exact_match", "eval/rouge_l", "eval/token_accuracy", "throughput/tokens_per_second"} | {
@@ -32,11 +31,15 @@ class Pruner(StrEnum):
     asha = "asha"
 
 
+def mistake(name: str, what: str, do: str) -> ConfigError:
+    """What is wrong with a setting of the sweep."""
+    return ConfigError(what, key=f"{GROUP}.{name}", do=do)
+
+
 @dataclass(kw_only=True)
 class SweeperConfig:
     """How a space is searched."""
 
-    _target_: str = TARGET
     sampler: Sampler = Sampler.grid  # grid: every combination once; random; tpe: Bayesian, Optuna's TPE
     params: dict[str, str] = field(default_factory=dict)  # the search space: a key and its values, in Hydra's grammar
     metric: Any = "eval/loss"  # what is to be good, of summary.json; a list: several, and the result is a Pareto set
@@ -62,47 +65,31 @@ class SweeperConfig:
         check_not_negative(GROUP, seed=self.seed, pruner_warmup_steps=self.pruner_warmup_steps)
         check_no_empty_text(self, f"{GROUP}.")
         if self.reduction_factor < 2:
-            raise ConfigError(
-                f"reduction_factor={self.reduction_factor} stops no trial.",
-                key=f"{GROUP}.reduction_factor",
-                do="give 2 or more.",
+            raise mistake(
+                "reduction_factor", f"reduction_factor={self.reduction_factor} stops no trial.", "give 2 or more."
             )
         if self.study_name is not None and not STUDY_NAME.fullmatch(self.study_name):
-            raise ConfigError(
-                f"{self.study_name!r} cannot name a folder and an experiment.",
-                key=f"{GROUP}.study_name",
-                do="use letters, digits, - and _.",
-            )
+            what = f"{self.study_name!r} cannot name a folder and an experiment."
+            raise mistake("study_name", what, "use letters, digits, - and _.")
+        for name, value in self.params.items():
+            if not isinstance(value, str):
+                do = "write a line for each key, such as `adapter.r: choice(8, 16)`."
+                raise mistake("params", f"{name} has no values in Hydra's grammar.", do)
         self._check_metrics()
-        self._check_pruner()
 
     def _check_metrics(self) -> None:
-        for metric in self.metrics:
-            if metric not in METRICS:
-                raise ConfigError(
-                    f"{metric!r} is no figure of a finished run.",
-                    key=f"{GROUP}.metric",
-                    do=f"choose one or several of {', '.join(METRICS)}.",
-                )
+        if unknown := [metric for metric in self.metrics if metric not in METRICS]:
+            what = f"{unknown[0]!r} is no figure of a finished run."
+            raise mistake("metric", what, f"choose one or several of {', '.join(METRICS)}.")
         if not self.metrics or len(set(self.metrics)) < len(self.metrics):
-            raise ConfigError("metric needs one or several figures.", key=f"{GROUP}.metric", do="name each once.")
+            raise mistake("metric", "metric needs one or several figures.", "name each once.")
         given = _listed(self.direction)
         if given and (len(given) != len(self.metrics) or set(given) - {"minimize", "maximize"}):
-            raise ConfigError(
-                f"direction={self.direction} does not say minimize or maximize for each of the metrics.",
-                key=f"{GROUP}.direction",
-                do=f"give {len(self.metrics)}, or leave it out.",
-            )
-
-    def _check_pruner(self) -> None:
-        if self.pruner is Pruner.none:
-            return
-        if len(self.metrics) > 1 or self.metrics[0] not in LIVE_METRICS:
-            raise ConfigError(
-                f"pruner={self.pruner} cannot follow {', '.join(self.metrics)} step by step.",
-                key=f"{GROUP}.pruner",
-                do=f"let metric be {' or '.join(LIVE_METRICS)}, or pruner=none.",
-            )
+            what = f"direction={self.direction} does not say minimize or maximize for each of the metrics."
+            raise mistake("direction", what, f"give {len(self.metrics)}, or leave it out.")
+        if self.pruner is not Pruner.none and (len(self.metrics) > 1 or self.metrics[0] not in LIVE_METRICS):
+            what = f"pruner={self.pruner} cannot follow {', '.join(self.metrics)} step by step."
+            raise mistake("pruner", what, f"let metric be {' or '.join(LIVE_METRICS)}, or pruner=none.")
 
     @property
     def metrics(self) -> list[str]:
@@ -115,7 +102,7 @@ class SweeperConfig:
         return _listed(self.direction) or meant
 
 
-SETTINGS = [one.name for one in fields(SweeperConfig) if not one.name.startswith("_")]
+SETTINGS = [one.name for one in fields(SweeperConfig)]
 
 
 def _listed(value: Any) -> list[str]:

@@ -82,7 +82,6 @@ def test_a_stopped_sweep_saves_its_jobs_and_goes_on(slurm: Any, training_env: di
 
 
 def test_trials_by_hydras_submitit_launcher(slurm: Any, training_env: dict[str, str], tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     folder = tmp_path / "sweep"
     launcher = ("hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=10", "hydra.launcher.cpus_per_task=1")
     command = sweep_command(folder, *SHORT, *launcher, RATES.removesuffix(",3e-2").replace("1e-4", "-1"))

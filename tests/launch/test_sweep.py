@@ -9,16 +9,7 @@ from typing import Any
 import pytest
 
 from tunesmith.launch.sweeping.command import run, sweep
-from tunesmith.launch.sweeping.hydra_part import (
-    Locator,
-    Split,
-    composed,
-    hydra_arguments,
-    initialised,
-    register,
-    settings_of,
-    space_file,
-)
+from tunesmith.launch.sweeping.overrides import read_command_line, read_settings
 from tunesmith.launch.sweeping.plan import make_plan
 from tunesmith.launch.sweeping.settings import Sampler
 from tunesmith.train.config.compose import compose_config
@@ -77,15 +68,9 @@ def test_a_search_space_is_not_for_one_training() -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF_DIR / "sweep").glob("*.yaml")))
 def test_each_search_space_that_ships_fits_the_example(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    space = space_file(name, [CONF_DIR])
-    register()
-    with initialised() as hydra:
-        arguments = hydra_arguments(Split([], name, []), None)
-        config = composed(hydra, arguments, Locator([], space))
-        arguments = hydra_arguments(Split(["hydra/sweeper=random"], name, []), None)
-        typed = composed(hydra, arguments, Locator([], space))
-    assert typed.hydra.sweeper.sampler is Sampler.random, "the command line has the last word"
-    plan = make_plan(settings_of(config, Locator([], space)), ["+exp=debug"], None)
+    typed = read_settings(read_command_line(["hydra/sweeper=random", f"+sweep={name}"], [CONF_DIR]))
+    assert typed.sampler is Sampler.random, "the command line has the last word"
+    plan = make_plan(read_settings(read_command_line([f"+sweep={name}"], [CONF_DIR])), ["+exp=debug"], None)
     assert plan.settings.sampler is Sampler.tpe
     assert plan.num_trials == plan.settings.n_trials
 

@@ -15,7 +15,7 @@ from tunesmith.train.errors import ConfigError
 from tunesmith.train.paths import CONF_DIR
 
 GLOBAL_PACKAGE = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
-HYDRA_PACKAGE = re.compile(r"^#\s*@package\s+hydra\b", re.MULTILINE)
+HYDRA_PACKAGE = re.compile(r"^#\s*@package\s+hydra\b|^\s*-\s*\S+@hydra\b", re.MULTILINE)
 Options = Callable[[str], list[str]]  # a group -> its options
 
 

@@ -127,14 +127,6 @@ class FaultPlan:
                     with open(f"{fault.into}.{self.rank}", "a", encoding="utf-8") as file:
                         file.write(f"{self._num_saves} {self._num_operations} {kind} {path}\n")
 
-    def flips_a_weight(self, step: int) -> bool:
-        """Whether a bit of this rank's weights is to change by itself, as a bad memory would."""
-        for fault in self.faults:
-            if fault.kind == "flip" and fault.strikes(self.rank, step, Phase.update):
-                fault.struck = True
-                return True
-        return False
-
     def loss_factor(self, step: int) -> float:
         """What the loss of this rank's next forward is multiplied by."""
         for fault in self.faults:

@@ -1,4 +1,4 @@
-"""Plans of sweeps, and a place where trials are small programs that leave what a training leaves."""
+"""Plans of sweeps, and slots where trials are small programs that leave what a training leaves."""
 
 import json
 import subprocess
@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tunesmith.launch.sweeping.driver import Driver
-from tunesmith.launch.sweeping.places import LocalAttempt
-from tunesmith.launch.sweeping.plan import Plan, claim_folder, make_plan
+from tunesmith.launch.sweeping.driver import SweepDriver
+from tunesmith.launch.sweeping.plan import SweepPlan, claim_folder, make_plan
 from tunesmith.launch.sweeping.settings import SweeperConfig
+from tunesmith.launch.sweeping.slots import LocalTrial
 from tunesmith.launch.sweeping.trials import Trials
 
 # A training in small: eval/loss by step as its learning rate has it, then the summary. SIGTERM saves and ends with 75.
@@ -41,32 +41,29 @@ summary = {"status": "finished", "eval": {"loss": loss}, "tokens_per_second": 10
 
 
 class Programs:
-    """A place that starts TRAINING instead of launch/train.py."""
+    """Slots that start TRAINING instead of launch/train.py."""
 
-    def __init__(self, plan: Plan, seconds: float, slow: str | None) -> None:
+    def __init__(self, plan: SweepPlan, seconds: float, slow: str | None) -> None:
         self._plan, self._seconds, self._slow = plan, seconds, slow
-        self.attempts: list[LocalAttempt] = []
 
     def has_room(self) -> bool:
-        return sum(attempt.process.poll() is None for attempt in self.attempts) < self._plan.settings.n_jobs
+        return True
 
-    def start(self, number: int, overrides: list[str], job_id: str | None) -> LocalAttempt:
+    def start(self, number: int, overrides: list[str], job_id: str | None) -> LocalTrial:
         rate = next(text.split("=")[1] for text in overrides if text.startswith("optimizer.learning_rate="))
         folder = str(self._plan.trial_folder(number))
         seconds = 0.0 if self._slow not in (None, rate) else self._seconds
         command = [sys.executable, "-c", TRAINING, folder, rate, str(seconds)]
-        attempt = LocalAttempt(subprocess.Popen(command), [])
-        self.attempts.append(attempt)
-        return attempt
+        return LocalTrial(subprocess.Popen(command))
 
 
 @pytest.fixture
-def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SweepPlan]:
     """plan_of(["optimizer.learning_rate=1e-3,1e-2"], n_trials=5) is the plan of a sweep in an empty folder."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(tmp_path)
 
-    def make(searched: list[str], **settings: Any) -> Plan:
+    def make(searched: list[str], **settings: Any) -> SweepPlan:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweeperConfig), settings))
         assert isinstance(config, SweeperConfig)
         plan = make_plan(config, ["+exp=debug", *searched], None)
@@ -77,11 +74,11 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pl
 
 
 @pytest.fixture
-def trials_of() -> Iterator[Callable[[Plan], Trials]]:
+def trials_of() -> Iterator[Callable[[SweepPlan], Trials]]:
     """trials_of(plan) opens its database, as one driver does."""
     opened: list[Trials] = []
 
-    def open_trials(plan: Plan) -> Trials:
+    def open_trials(plan: SweepPlan) -> Trials:
         opened.append(Trials(plan))
         return opened[-1]
 
@@ -91,19 +88,19 @@ def trials_of() -> Iterator[Callable[[Plan], Trials]]:
 
 
 @pytest.fixture
-def driver_of(trials_of: Callable[[Plan], Trials]) -> Callable[..., Driver]:
+def driver_of(trials_of: Callable[[SweepPlan], Trials]) -> Callable[..., SweepDriver]:
     """driver_of(plan, seconds=1) is a driver of its own, whose trials take a second; slow="0.4": only that rate's."""
-    return lambda plan, seconds=0.0, slow=None: Driver(plan, trials_of(plan), Programs(plan, seconds, slow))
+    return lambda plan, seconds=0.0, slow=None: SweepDriver(plan, trials_of(plan), Programs(plan, seconds, slow))
 
 
 @pytest.fixture
-def report_of() -> Callable[[Plan], dict[str, Any]]:
+def report_of() -> Callable[[SweepPlan], dict[str, Any]]:
     """report_of(plan) is its sweep.json."""
     return lambda plan: json.loads((plan.folder / "sweep.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
-def starts_of() -> Callable[[Plan], dict[int, int]]:
+def starts_of() -> Callable[[SweepPlan], dict[int, int]]:
     """starts_of(plan) is how often the program of each trial was started."""
     return lambda plan: {
         int(path.parent.name): len(path.read_text()) for path in sorted(plan.folder.glob("trials/*/starts"))

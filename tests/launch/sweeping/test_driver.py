@@ -12,19 +12,22 @@ from typing import Any
 
 import pytest
 
-from tunesmith.launch.sweeping.driver import Driver
-from tunesmith.launch.sweeping.plan import Plan
+from tunesmith.launch.sweeping.driver import SweepDriver
+from tunesmith.launch.sweeping.plan import SweepPlan
 from tunesmith.launch.sweeping.trials import Trials
 from tunesmith.train.config.compose import compose_config
 
 RATES = "optimizer.learning_rate=1e-4,1e-3,1e-2"
 ANY_RATE = "optimizer.learning_rate=tag(log,interval(1e-5,1e-1))"
-Report = Callable[[Plan], dict[str, Any]]
-Starts = Callable[[Plan], dict[int, int]]
+Report = Callable[[SweepPlan], dict[str, Any]]
+Plans = Callable[..., SweepPlan]
+Drivers = Callable[..., SweepDriver]
+Studies = Callable[[SweepPlan], Trials]
+Starts = Callable[[SweepPlan], dict[int, int]]
 
 
 def test_a_grid_is_run_once_each_and_its_best_becomes_an_experiment(
-    plan_of: Callable[..., Plan], driver_of: Callable[..., Driver], report_of: Report, starts_of: Starts
+    plan_of: Plans, driver_of: Drivers, report_of: Report, starts_of: Starts
 ) -> None:
     plan = plan_of([RATES], n_jobs=2)
     driver_of(plan).run()
@@ -42,7 +45,7 @@ def test_a_grid_is_run_once_each_and_its_best_becomes_an_experiment(
 
 
 def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(
-    plan_of: Callable[..., Plan], driver_of: Callable[..., Driver], report_of: Report
+    plan_of: Plans, driver_of: Drivers, report_of: Report
 ) -> None:
     plan = plan_of(["optimizer.learning_rate=0.9,-1,1e-3"])
     driver_of(plan).run()
@@ -55,7 +58,7 @@ def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(
 
 
 def test_two_drivers_share_the_trials(
-    plan_of: Callable[..., Plan], driver_of: Callable[..., Driver], starts_of: Starts, monkeypatch: pytest.MonkeyPatch
+    plan_of: Plans, driver_of: Drivers, starts_of: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of([ANY_RATE], sampler="tpe", n_trials=8, n_startup_trials=3)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # a thread may not
@@ -67,8 +70,8 @@ def test_two_drivers_share_the_trials(
     assert starts_of(plan) == dict.fromkeys(range(8), 1)
 
 
-def test_what_a_killed_driver_leaves_is_taken_up_and_what_a_living_one_runs_is_not(
-    plan_of: Callable[..., Plan], driver_of: Callable[..., Driver], starts_of: Starts, trials_of: Callable[..., Trials]
+def test_what_a_killed_driver_leaves_goes_on_and_what_a_living_one_runs_is_left_alone(
+    plan_of: Plans, driver_of: Drivers, starts_of: Starts, trials_of: Studies
 ) -> None:
     plan = plan_of([RATES])
     code = (  # another process claims two trials: it is killed, and its locks with it
@@ -99,7 +102,7 @@ def test_what_a_killed_driver_leaves_is_taken_up_and_what_a_living_one_runs_is_n
 
 
 def test_a_signal_stops_the_trials_and_the_same_command_goes_on(
-    plan_of: Callable[..., Plan], driver_of: Callable[..., Driver], report_of: Report, starts_of: Starts
+    plan_of: Plans, driver_of: Drivers, report_of: Report, starts_of: Starts
 ) -> None:
     plan = plan_of([RATES], n_jobs=2)
     driver = driver_of(plan, seconds=20.0)
@@ -114,9 +117,7 @@ def test_a_signal_stops_the_trials_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize("pruner", ["median", "asha", "none"])
-def test_a_hopeless_trial_is_stopped_early(
-    plan_of: Callable[..., Plan], driver_of: Callable[..., Driver], report_of: Report, pruner: str
-) -> None:
+def test_a_hopeless_trial_is_stopped_early(plan_of: Plans, driver_of: Drivers, report_of: Report, pruner: str) -> None:
     plan = plan_of([f"{RATES},0.4", "evaluate.every_steps=1"], pruner=pruner, reduction_factor=2)
     driver_of(plan, seconds=3.0 if pruner == "none" else 60.0, slow="0.4").run()
     *others, last = report_of(plan)["trials"]
@@ -125,9 +126,7 @@ def test_a_hopeless_trial_is_stopped_early(
     assert last["seconds"] < 30
 
 
-def test_no_trial_is_started_once_the_hours_are_spent(
-    plan_of: Callable[..., Plan], driver_of: Callable[..., Driver], report_of: Report
-) -> None:
+def test_no_trial_is_started_once_the_hours_are_spent(plan_of: Plans, driver_of: Drivers, report_of: Report) -> None:
     plan = plan_of([RATES], max_hours=1e-4)  # 0.36 s
     driver = driver_of(plan, seconds=0.5)
     driver.run()

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.launch.sweeping.plan import Plan, claim_folder, make_plan, quoted
+from tunesmith.launch.sweeping.plan import SweepPlan, claim_folder, make_plan, quoted
 from tunesmith.launch.sweeping.settings import SweeperConfig
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.errors import ConfigError
 
 RATES = "optimizer.learning_rate=1e-3,1e-2"
+Plans = Callable[..., SweepPlan]
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ RATES = "optimizer.learning_rate=1e-3,1e-2"
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused(
-    plan_of: Callable[..., Plan], tmp_path: Path, overrides: list[str], settings: dict[str, object], said: str
+    plan_of: Plans, tmp_path: Path, overrides: list[str], settings: dict[str, object], said: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
         plan_of(overrides, **settings)
@@ -37,7 +38,7 @@ def test_a_sweep_that_cannot_work_is_refused(
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-def test_the_same_command_finds_its_sweep_and_another_does_not(plan_of: Callable[..., Plan]) -> None:
+def test_the_same_command_finds_its_sweep_and_another_does_not(plan_of: Plans) -> None:
     plan = plan_of([RATES])
     assert plan_of([RATES], n_trials=1, n_jobs=2).folder == plan.folder
     assert plan_of([RATES, "seed=1"]).folder != plan.folder
@@ -45,7 +46,7 @@ def test_the_same_command_finds_its_sweep_and_another_does_not(plan_of: Callable
         plan_of(["optimizer.learning_rate=1e-3,1e-4", f"output_dir={plan.folder}"], study_name=plan.study_name)
 
 
-def test_a_folder_of_something_else_is_not_used(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_not_used(plan_of: Plans, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     with pytest.raises(ConfigError, match="is not empty and holds no sweep"):
@@ -54,7 +55,7 @@ def test_a_folder_of_something_else_is_not_used(plan_of: Callable[..., Plan], tm
 
 
 @pytest.mark.parametrize("folder", ["plain", "a b", "it's", "a=b,c", "${x}", "back\\slash", "trailing\\", 'a"b', "{[("])
-def test_a_trial_gets_its_folder_whatever_its_name(plan_of: Callable[..., Plan], tmp_path: Path, folder: str) -> None:
+def test_a_trial_gets_its_folder_whatever_its_name(plan_of: Plans, tmp_path: Path, folder: str) -> None:
     overrides = ["+exp=debug", RATES, f"output_dir={quoted(str(tmp_path / folder))}"]
     if "${" in folder:
         with pytest.raises(ConfigError):  # a reference for Hydra, wherever it stands
@@ -67,7 +68,7 @@ def test_a_trial_gets_its_folder_whatever_its_name(plan_of: Callable[..., Plan],
     assert config.track.group == plan.study_name
 
 
-def test_any_name_of_a_run_gives_a_sweep_and_trials_that_compose(plan_of: Callable[..., Plan]) -> None:
+def test_any_name_of_a_run_gives_a_sweep_and_trials_that_compose(plan_of: Plans) -> None:
     plan = plan_of([RATES, f"name={quoted('Tölle Läufe ' + 80 * 'x')}"])
     config = compose_config(plan.overrides(123, {"optimizer.learning_rate": "1e-3"}), None).config
     assert config.name.endswith("x-123")
@@ -75,7 +76,7 @@ def test_any_name_of_a_run_gives_a_sweep_and_trials_that_compose(plan_of: Callab
     assert config.track.group == plan.study_name
 
 
-def test_a_grid_is_no_longer_than_its_points(plan_of: Callable[..., Plan]) -> None:
+def test_a_grid_is_no_longer_than_its_points(plan_of: Plans) -> None:
     assert plan_of([RATES]).num_trials == 2
     assert plan_of([RATES], n_trials=5).num_trials == 2
     assert plan_of([RATES], sampler="random").num_trials == 2

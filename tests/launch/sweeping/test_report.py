@@ -9,19 +9,22 @@ from pathlib import Path
 import pytest
 
 from tunesmith.launch.sweeping import axes
+from tunesmith.launch.sweeping.hours import note_end, note_start
 from tunesmith.launch.sweeping.page import render_page
-from tunesmith.launch.sweeping.plan import Plan
+from tunesmith.launch.sweeping.plan import SweepPlan
 from tunesmith.launch.sweeping.report import write_report
-from tunesmith.launch.sweeping.result import Result, Row
-from tunesmith.launch.sweeping.trials import Trials, begin_attempt, end_attempt
+from tunesmith.launch.sweeping.result import SweepResult, TrialRow
+from tunesmith.launch.sweeping.trials import Trials
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;"
+Plans = Callable[..., SweepPlan]
+Studies = Callable[[SweepPlan], Trials]
 
 
-def result_of(values: list[list[float] | None], **changes: object) -> Result:
+def result_of(values: list[list[float] | None], **changes: object) -> SweepResult:
     """A sweep with a learning rate and a text as parameters."""
     rows = [
-        Row(
+        TrialRow(
             number=number,
             status="failed" if value is None else "finished",
             params={"optimizer.learning_rate": 10.0**-number, "name": HOSTILE if number % 2 else "plain"},
@@ -30,16 +33,14 @@ def result_of(values: list[list[float] | None], **changes: object) -> Result:
             seconds=1.0,
             cause=f"{HOSTILE} died" if value is None else None,
             curve=[] if value is None else [(1, value[0] + 1), (2, value[0])],
-            curve_metric="eval/loss",
             folder="/runs/x",
         )
         for number, value in enumerate(values)
     ]
-    result = Result(
+    result = SweepResult(
         name=HOSTILE,
         status="finished",
-        metrics=["eval/loss"],
-        directions=["minimize"],
+        metrics={"eval/loss": "minimize"},
         rows=rows,
         best=[0],
         importances={"optimizer.learning_rate": 0.9, "name": 0.1},
@@ -47,6 +48,7 @@ def result_of(values: list[list[float] | None], **changes: object) -> Result:
         gpu_hours=0.0,
         log_keys=frozenset({"optimizer.learning_rate"}),
         num_trials=len(rows),
+        curve_metric="eval/loss",
     )
     return replace(result, **changes)  # type: ignore[arg-type]
 
@@ -80,16 +82,14 @@ def test_an_axis_in_the_logarithm_has_its_values_and_round_numbers(low: float, h
     assert axis.ticks
 
 
-def test_of_two_metrics_the_pareto_set_is_written(
-    plan_of: Callable[..., Plan], trials_of: Callable[[Plan], Trials]
-) -> None:
+def test_of_two_metrics_the_pareto_set_is_written(plan_of: Plans, trials_of: Studies) -> None:
     plan = plan_of(["seed=1,2,3,4"], metric=["eval/loss", "throughput/tokens_per_second"])
     trials = trials_of(plan)
     for values in ([1.0, 10.0], [2.0, 30.0], [3.0, 20.0]):  # the third is beaten by the second in both
         trial = trials.claim_next(may_begin=True)
         assert trial is not None
-        begin_attempt(trial, 0)
-        end_attempt(trial)
+        note_start(trial, 0)
+        note_end(trial)
         trials.study.tell(trial, values)
         trials.give_back(trial.number)
     result = write_report(plan, trials)

@@ -25,6 +25,7 @@ from tunesmith.train.errors import ConfigError
         ({"pruner": "median", "metric": ["eval/loss", "throughput/mfu"]}, "pruner"),
         ({"pruner": "asha", "metric": "eval/exact_match"}, "pruner"),
         ({"reduction_factor": 1}, "reduction_factor"),
+        ({"params": {"adapter.r": [8, 16]}}, "params"),
     ],
 )
 def test_a_mistake_is_refused(settings: dict[str, object], key: str) -> None:

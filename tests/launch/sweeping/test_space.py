@@ -1,8 +1,9 @@
 """Hydra's grammar as a search space."""
 
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from tunesmith.launch.sweeping.space import Interval, Values, read_space
+from tunesmith.launch.sweeping.space import read_space
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.paths import CONF_DIR
 
@@ -10,16 +11,17 @@ from tunesmith.train.paths import CONF_DIR
 @pytest.mark.parametrize(
     ("text", "dimension"),
     [
-        ("adapter.r=8,16", Values(("8", "16"))),
-        ("adapter.r=choice(8,16)", Values(("8", "16"))),
-        ("name='a b','c,d'", Values(("'a b'", "'c,d'"))),
-        ("data.train=[a.jsonl],[b.jsonl,c.jsonl]", Values(("[a.jsonl]", "[b.jsonl,c.jsonl]"))),
-        ("adapter=glob(*lora)", Values(("lora", "rslora"))),
-        ("batch.global_batch_size=range(8,33,8)", Interval(8.0, 32.0, step=8.0, is_int=True)),
-        ("optimizer.beta1=interval(0.8,0.95)", Interval(0.8, 0.95)),
-        ("optimizer.learning_rate=tag(log,interval(1e-5,1e-3))", Interval(1e-5, 1e-3, is_log=True)),
-        ("adapter.r=int(interval(4,64))", Interval(4, 64, step=1, is_int=True)),
-        ("adapter.r=tag(log,int(interval(4,64)))", Interval(4, 64, is_log=True, is_int=True)),
+        ("adapter.r=8,16", CategoricalDistribution(("8", "16"))),
+        ("adapter.r=choice(8,16)", CategoricalDistribution(("8", "16"))),
+        ("name='a b','c,d'", CategoricalDistribution(("'a b'", "'c,d'"))),
+        ("data.train=[a.jsonl],[b.jsonl,c.jsonl]", CategoricalDistribution(("[a.jsonl]", "[b.jsonl,c.jsonl]"))),
+        ("adapter=glob(*lora)", CategoricalDistribution(("lora", "rslora"))),
+        ("batch.global_batch_size=range(8,33,8)", IntDistribution(8, 32, step=8)),
+        ("optimizer.beta1=range(0,1,0.3)", FloatDistribution(0, 0.9, step=0.3)),
+        ("optimizer.beta1=interval(0.8,0.95)", FloatDistribution(0.8, 0.95)),
+        ("optimizer.learning_rate=tag(log,interval(1e-5,1e-3))", FloatDistribution(1e-5, 1e-3, log=True)),
+        ("adapter.r=int(interval(4,64))", IntDistribution(4, 64)),
+        ("adapter.r=tag(log,int(interval(4,64)))", IntDistribution(4, 64, log=True)),
     ],
 )
 def test_what_is_written_is_what_is_searched(text: str, dimension: object) -> None:

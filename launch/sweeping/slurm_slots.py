@@ -12,8 +12,8 @@ from tunesmith.launch.cluster.cancel import cancel
 from tunesmith.launch.cluster.job_folder import find_job
 from tunesmith.launch.cluster.queue import FINAL, job_state
 from tunesmith.launch.cluster.submit import submit
-from tunesmith.launch.sweeping.places import Ended, NotNow
-from tunesmith.launch.sweeping.plan import Plan
+from tunesmith.launch.sweeping.plan import SweepPlan
+from tunesmith.launch.sweeping.slots import NotNow, Slots
 from tunesmith.train.errors import TrainingError, TunesmithError
 
 QUEUE_SECONDS = 5.0  # between two looks at SLURM's queue, for each job
@@ -28,7 +28,7 @@ NOT_NOW = re.compile(
 
 
 @dataclass
-class SlurmAttempt:
+class SlurmTrial:
     """A job in SLURM's queue, which may requeue itself."""
 
     job_id: str
@@ -38,9 +38,9 @@ class SlurmAttempt:
     asked: float = -math.inf  # when it was asked to stop, or that was tried
     is_asked: bool = False
 
-    def poll(self) -> Ended | None:
+    def has_ended(self) -> bool:
         if time.monotonic() - self.looked < QUEUE_SECONDS:
-            return None
+            return False
         self.looked = time.monotonic()
         try:
             state = job_state(self.job_id)
@@ -48,34 +48,32 @@ class SlurmAttempt:
             self.silent_since = self.silent_since or self.looked
             if self.looked - self.silent_since > QUEUE_PATIENCE_SECONDS:
                 raise
-            return None
+            return False
         self.silent_since = None
-        return Ended() if state is None or state in FINAL else None
+        return state is None or state in FINAL
+
+    def exit_code(self) -> None:
+        """The run folder says how it ended."""
 
     def stop(self) -> None:
         if self.is_asked or time.monotonic() - self.asked < QUEUE_SECONDS:
             return
         with contextlib.suppress(TunesmithError), contextlib.redirect_stdout(io.StringIO()):
             cancel(["--save", str(self.run_dir)])
-            self.is_asked = True  # else SLURM did not answer, or the job has just ended, which poll() sees
+            self.is_asked = True  # else SLURM did not answer, or the job has just ended, which has_ended() sees
         self.asked = time.monotonic()
 
     def described(self) -> str:
         return f"as job {self.job_id}"
 
 
-class SlurmJobs:
-    """n_jobs trials at a time in SLURM's queue. A sweep that is started again finds its jobs there."""
+class SlurmSlots(Slots):
+    """Trials in SLURM's queue. A sweep that is started again finds its jobs there."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: SweepPlan) -> None:
         self._plan = plan
-        self._running: list[SlurmAttempt] = []
 
-    def has_room(self) -> bool:
-        self._running = [attempt for attempt in self._running if attempt.poll() is None]
-        return len(self._running) < self._plan.settings.n_jobs
-
-    def start(self, number: int, overrides: list[str], job_id: str | None) -> SlurmAttempt:
+    def start(self, number: int, overrides: list[str], job_id: str | None) -> SlurmTrial:
         folder = self._plan.trial_folder(number)
         try:
             job_id = self._in_queue(folder, job_id) or submit(overrides, folder, self._plan.config_dir)
@@ -83,9 +81,7 @@ class SlurmJobs:
             if isinstance(error, TrainingError) or NOT_NOW.search(error.what):
                 raise NotNow(error.what, SUBMIT_AGAIN_SECONDS) from None
             raise
-        attempt = SlurmAttempt(job_id, folder)
-        self._running.append(attempt)
-        return attempt
+        return SlurmTrial(job_id, folder)
 
     def _in_queue(self, folder: Path, job_id: str | None) -> str | None:
         """The job of the trial where it has not ended. A driver may have been killed before it noted down which."""

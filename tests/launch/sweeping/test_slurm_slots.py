@@ -14,11 +14,11 @@ import pytest
 from filelock import FileLock
 
 from tunesmith.launch.cluster.queue import COLUMNS, ID_WIDTH
-from tunesmith.launch.sweeping import slurm_jobs
-from tunesmith.launch.sweeping.driver import Driver
-from tunesmith.launch.sweeping.places import NotNow
-from tunesmith.launch.sweeping.plan import Plan
-from tunesmith.launch.sweeping.slurm_jobs import SlurmJobs
+from tunesmith.launch.sweeping import slurm_slots
+from tunesmith.launch.sweeping.driver import SweepDriver
+from tunesmith.launch.sweeping.plan import SweepPlan
+from tunesmith.launch.sweeping.slots import NotNow
+from tunesmith.launch.sweeping.slurm_slots import SlurmSlots
 from tunesmith.launch.sweeping.trials import Trials
 from tunesmith.train.errors import ConfigError
 
@@ -68,17 +68,19 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     for name in ("QUEUE_SECONDS", "SUBMIT_AGAIN_SECONDS"):
-        monkeypatch.setattr(slurm_jobs, name, 0.3)
+        monkeypatch.setattr(slurm_slots, name, 0.3)
     return folder
 
 
-Jobs = Callable[[Plan], Driver]
+Jobs = Callable[[SweepPlan], SweepDriver]
+Plans = Callable[..., SweepPlan]
+Studies = Callable[[SweepPlan], Trials]
 
 
 @pytest.fixture
-def jobs_of(trials_of: Callable[[Plan], Trials]) -> Jobs:
+def jobs_of(trials_of: Studies) -> Jobs:
     """jobs_of(plan) is a driver of its own whose trials are jobs."""
-    return lambda plan: Driver(plan, trials_of(plan), SlurmJobs(plan))
+    return lambda plan: SweepDriver(plan, trials_of(plan), SlurmSlots(plan))
 
 
 def after(seconds: float, action: Callable[[], Any]) -> None:
@@ -91,12 +93,12 @@ def ids(slurm: Path) -> list[str]:
 
 @pytest.mark.parametrize("says", [UNREACHABLE, FULL])
 def test_trials_wait_for_a_slurm_that_takes_no_jobs_just_then(
-    plan_of: Callable[..., Plan], jobs_of: Jobs, slurm: Path, report_of: Any, capsys: Any, says: str
+    plan_of: Plans, jobs_of: Jobs, slurm: Path, report_of: Any, capsys: Any, says: str
 ) -> None:
     plan = plan_of(SEARCH, n_jobs=2)
     (slurm / "says").write_text(says)
     (slurm / "done").touch()
-    after(1.5, (slurm / "says").unlink)
+    after(5.0, (slurm / "says").unlink)
     jobs_of(plan).run()
     assert [trial["status"] for trial in report_of(plan)["trials"]] == ["finished", "finished"]
     assert ids(slurm) == ["job-41", "job-42"]
@@ -106,7 +108,7 @@ def test_trials_wait_for_a_slurm_that_takes_no_jobs_just_then(
 
 
 def test_what_slurm_refuses_for_good_is_a_failed_trial(
-    plan_of: Callable[..., Plan], jobs_of: Jobs, slurm: Path, report_of: Any
+    plan_of: Plans, jobs_of: Jobs, slurm: Path, report_of: Any
 ) -> None:
     plan = plan_of(SEARCH)
     (slurm / "says").write_text("sbatch: error: Batch job submission failed: Invalid partition name specified")
@@ -116,25 +118,25 @@ def test_what_slurm_refuses_for_good_is_a_failed_trial(
     assert all("Invalid partition name specified" in cause for cause in causes)
 
 
-def test_a_job_is_found_again_once_the_queue_answers(plan_of: Callable[..., Plan], slurm: Path) -> None:
+def test_a_job_is_found_again_once_the_queue_answers(plan_of: Plans, slurm: Path) -> None:
     plan = plan_of(SEARCH)
     overrides = plan.overrides(0, {"optimizer.learning_rate": "1e-4"})
-    assert SlurmJobs(plan).start(0, overrides, None).job_id == "41"
+    assert SlurmSlots(plan).start(0, overrides, None).job_id == "41"
     (slurm / "says").write_text("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     for known in ("41", None):  # None: its driver was killed before it had noted the job down
         with pytest.raises(NotNow, match="SLURM does not answer"):
-            SlurmJobs(plan).start(0, overrides, known)
+            SlurmSlots(plan).start(0, overrides, known)
     (slurm / "says").unlink()
     for known in ("41", None):
-        assert SlurmJobs(plan).start(0, overrides, known).job_id == "41"
+        assert SlurmSlots(plan).start(0, overrides, known).job_id == "41"
     (slurm / "job-41").write_text("COMPLETED")
-    assert SlurmJobs(plan).start(0, overrides, "41").job_id == "42"
+    assert SlurmSlots(plan).start(0, overrides, "41").job_id == "42"
     with pytest.raises(ConfigError):
-        SlurmJobs(plan).start(1, [*overrides, "optimizer.learning_rate=-1"], None)
+        SlurmSlots(plan).start(1, [*overrides, "optimizer.learning_rate=-1"], None)
 
 
 def test_jobs_that_wait_in_the_queue_are_stopped_though_slurm_is_silent_at_first_and_gone_on_with(
-    plan_of: Callable[..., Plan], jobs_of: Jobs, slurm: Path, report_of: Any
+    plan_of: Plans, jobs_of: Jobs, slurm: Path, report_of: Any
 ) -> None:
     plan = plan_of(SEARCH, n_jobs=2)
     driver = jobs_of(plan)
@@ -158,13 +160,13 @@ def test_jobs_that_wait_in_the_queue_are_stopped_though_slurm_is_silent_at_first
 
 
 def test_a_job_whose_driver_was_killed_before_it_noted_it_down_is_followed_not_started_twice(
-    plan_of: Callable[..., Plan], jobs_of: Jobs, trials_of: Callable[[Plan], Trials], slurm: Path, report_of: Any
+    plan_of: Plans, jobs_of: Jobs, trials_of: Studies, slurm: Path, report_of: Any
 ) -> None:
     plan = plan_of(SEARCH, n_trials=1)
     killed = trials_of(plan)
     trial = killed.claim_next(may_begin=True)
     assert trial is not None
-    SlurmJobs(plan).start(0, plan.overrides(0, trial.params), None)
+    SlurmSlots(plan).start(0, plan.overrides(0, trial.params), None)
     killed.close()
     folder = plan.trial_folder(0)
 
@@ -173,7 +175,7 @@ def test_a_job_whose_driver_was_killed_before_it_noted_it_down_is_followed_not_s
         (folder / "summary.json").write_text('{"status": "finished", "eval": {"loss": 0.5}}')
         (slurm / "job-41").write_text("COMPLETED")
 
-    after(1.0, finish)
+    after(4.0, finish)
     with FileLock(folder / ".tunesmith-lock"):  # the training has it for as long as it runs
         jobs_of(plan).run()
     assert [trial["status"] for trial in report_of(plan)["trials"]] == ["finished"]

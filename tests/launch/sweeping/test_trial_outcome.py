@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.launch.sweeping.outcome import Outcome, curve, outcome_of
+from tunesmith.launch.sweeping.trial_outcome import TrialOutcome, curve, outcome_of
 
 GOOD = {"status": "finished", "eval": {"loss": 0.5, "exact_match": 1.0}, "train_loss": 0.4, "tokens_per_second": 100.0}
 
@@ -69,7 +69,7 @@ def test_a_failed_run_has_its_cause_in_one_line(
 
 
 def test_a_stopped_run_is_neither(tmp_path: Path) -> None:
-    assert outcome_of(tmp_path / "run", None, 75, ["eval/loss"]) == Outcome("stopped")
+    assert outcome_of(tmp_path / "run", tmp_path / "log", 75, ["eval/loss"]) == TrialOutcome("stopped")
 
 
 @pytest.mark.parametrize(("then", "status"), [("stopped", "stopped"), ("failed", "failed")])
@@ -77,7 +77,7 @@ def test_a_job_says_itself_how_it_ended(tmp_path: Path, then: str, status: str) 
     (tmp_path / "job").mkdir()
     rows = [{"event": "started"}, {"event": "ended", "cause": "rank 1 died", "then": then}]
     (tmp_path / "job/events.jsonl").write_text("".join(json.dumps({"time": 1.0, **row}) + "\n" for row in rows))
-    outcome = outcome_of(tmp_path, None, None, ["eval/loss"])
+    outcome = outcome_of(tmp_path, tmp_path / "log", None, ["eval/loss"])
     assert (outcome.status, outcome.cause) == (status, "rank 1 died" if status == "failed" else None)
 
 
@@ -95,9 +95,9 @@ def test_a_job_that_is_cancelled_while_it_waits_was_stopped(
     (tmp_path / "job").mkdir()
     lines = [json.dumps({"time": 1.0, "event": event, "then": then, "cause": "rank 1 died"}) for event, then in rows]
     (tmp_path / "job/events.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    assert outcome_of(tmp_path, None, None, ["eval/loss"]).status == "failed"
+    assert outcome_of(tmp_path, tmp_path / "log", None, ["eval/loss"]).status == "failed"
     (tmp_path / "job/stop").touch()
-    assert outcome_of(tmp_path, None, None, ["eval/loss"]).status == status
+    assert outcome_of(tmp_path, tmp_path / "log", None, ["eval/loss"]).status == status
 
 
 def test_an_old_result_is_none_of_an_attempt_that_failed(tmp_path: Path) -> None:

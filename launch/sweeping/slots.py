@@ -1,4 +1,7 @@
-"""Where trials run beside each other on this machine, each by the ordinary launcher; slurm_jobs.py has the others."""
+"""Where trials run beside each other on this machine, each by the ordinary launcher.
+
+slurm_slots.py and submitit_slots.py have the trials that are jobs.
+"""
 
 import contextlib
 import os
@@ -8,15 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from tunesmith.launch.sweeping.plan import Plan
+from tunesmith.launch.sweeping.plan import SweepPlan
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError
-from tunesmith.train.files.run_folder import JOB, OURS
+from tunesmith.train.files.run_folder import OURS
 
 LAUNCH = Path(__file__).absolute().parents[1]
 # Of the process that starts the sweep: a trial is no rank of it.
@@ -33,18 +37,13 @@ class NotNow(Exception):
         self.seconds = seconds  # until it is worth another try
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A trial's processes are gone. code: the training's exit code; None where a scheduler has it."""
-
-    code: int | None = None
-
-
-class Attempt(Protocol):
+class StartedTrial(Protocol):
     """A trial under way."""
 
-    def poll(self) -> Ended | None:
-        """None while it runs."""
+    def has_ended(self) -> bool: ...
+
+    def exit_code(self) -> int | None:
+        """Of the training that has ended; None where its run folder alone says how."""
 
     def stop(self) -> None:
         """Asks it to save and end."""
@@ -53,12 +52,13 @@ class Attempt(Protocol):
         """Where it runs, in words."""
 
 
-class Place(Protocol):
-    """Somewhere to run trials."""
+class Slots(Protocol):
+    """Somewhere to run trials. The driver starts no more than n_jobs of them."""
 
-    def has_room(self) -> bool: ...
+    def has_room(self) -> bool:
+        return True
 
-    def start(self, number: int, overrides: list[str], job_id: str | None) -> Attempt:
+    def start(self, number: int, overrides: list[str], job_id: str | None) -> StartedTrial:
         """Raises TunesmithError for a trial that cannot be run, NotNow for one that can be later."""
 
 
@@ -74,9 +74,24 @@ def is_busy(folder: Path) -> bool:
         return True
 
 
-def has_job(folder: Path) -> bool:
-    """Whether a trial was handed to SLURM."""
-    return (folder / JOB / "job.json").is_file()
+def start_training(
+    command: list[str], log: Path, environment: Mapping[str, str], *, new_session: bool = False
+) -> subprocess.Popen[bytes]:
+    """Starts it in the background, with its output in the log."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            supervised(command),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=new_session,
+        )
+
+
+def supervised(command: list[str]) -> list[str]:
+    """With the supervisor, which passes a signal on to the ranks and leaves no process behind. It restarts nothing."""
+    return [sys.executable, str(LAUNCH / "supervise.py"), "--max-restarts", "0", "--", *command]
 
 
 def training_command(
@@ -92,11 +107,6 @@ def training_command(
     return [deepspeed, *which, "--master_port", str(port), script, *options, *overrides]
 
 
-def supervised(command: list[str]) -> list[str]:
-    """With the supervisor, which passes a signal on to the ranks and leaves no process behind. It restarts nothing."""
-    return [sys.executable, str(LAUNCH / "supervise.py"), "--max-restarts", "0", "--", *command]
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -109,26 +119,29 @@ def trial_environment(port: int) -> dict[str, str]:
     return environment | {"MASTER_PORT": str(port)}
 
 
+def code_of(process: subprocess.Popen[bytes], *, was_asked: bool) -> int:
+    """A signal ends the supervisor at once where it comes before that listens, or when it does not end in time."""
+    return EXIT_STOPPED if process.returncode < 0 and was_asked else process.returncode
+
+
 @dataclass
-class LocalAttempt:
+class LocalTrial:
     """A training on this machine, in a session of its own: a Ctrl-C at the sweep's terminal does not reach it."""
 
     process: subprocess.Popen[bytes]
-    gpus: list[str]
-    locks: list[FileLock] = field(default_factory=list)
+    locks: dict[str, FileLock] = field(default_factory=dict)  # of its GPUs
     asked: float | None = None
 
-    def poll(self) -> Ended | None:
-        code = self.process.poll()
-        if code is None:
+    def has_ended(self) -> bool:
+        if self.process.poll() is None:
             if self.asked is not None and time.monotonic() - self.asked > KILL_SECONDS:
                 self.process.kill()  # its ranks see that and end
-            return None
-        for lock in self.locks:
-            lock.release()
-        self.locks.clear()
-        # A signal ends the supervisor at once where it comes before that listens, or when it does not end in time.
-        return Ended(EXIT_STOPPED if code < 0 and self.asked is not None else code)
+            return False
+        _release(self.locks)
+        return True
+
+    def exit_code(self) -> int | None:
+        return code_of(self.process, was_asked=self.asked is not None)
 
     def stop(self) -> None:
         if self.asked is None:
@@ -137,15 +150,14 @@ class LocalAttempt:
                 self.process.send_signal(signal.SIGTERM)
 
     def described(self) -> str:
-        return f"on GPU {','.join(self.gpus)}" if self.gpus else "on the CPU"
+        return f"on GPU {','.join(self.locks)}" if self.locks else "on the CPU"
 
 
-class LocalSlots:
-    """n_jobs trials at a time, each on GPUs that no other trial has, of this sweep or another of this user."""
+class LocalSlots(Slots):
+    """Trials on GPUs that no other trial has, of this sweep or another of this user."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: SweepPlan) -> None:
         self._plan = plan
-        self._running: list[LocalAttempt] = []
         self._gpus = visible_gpus(plan.num_gpus)
         if self._gpus and plan.ranks > 1 and not all(name.isdecimal() for name in self._gpus):
             raise ConfigError(
@@ -155,45 +167,24 @@ class LocalSlots:
             )
 
     def has_room(self) -> bool:
-        self._running = [attempt for attempt in self._running if attempt.process.poll() is None]
-        if len(self._running) >= self._plan.settings.n_jobs:
-            return False
-        if not self._gpus:
-            return True
         locks = self._take_gpus()
-        for lock in locks.values():
-            lock.release()
-        return len(locks) == self._plan.ranks
+        _release(locks)
+        return locks is not None
 
-    def start(self, number: int, overrides: list[str], job_id: str | None) -> LocalAttempt:
+    def start(self, number: int, overrides: list[str], job_id: str | None) -> LocalTrial:
         plan, locks, port = self._plan, self._take_gpus(), free_port()
-        gpus = list(locks)
-        if self._gpus and len(gpus) < plan.ranks:
-            for lock in locks.values():
-                lock.release()
+        if locks is None:
             raise NotNow("another trial was faster to take its GPUs.", LOOK_AGAIN_SECONDS)
-        command = supervised(training_command(plan.ranks, plan.config_dir, overrides, gpus=gpus, port=port))
         environment = trial_environment(port)
-        if gpus and plan.ranks == 1:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[0]
-        if "OMP_NUM_THREADS" not in environment:
-            ranks = plan.settings.n_jobs * plan.ranks
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
-        with plan.log(number).open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-        attempt = LocalAttempt(process, gpus, list(locks.values()))
-        self._running.append(attempt)
-        return attempt
+        if locks and plan.ranks == 1:
+            environment["CUDA_VISIBLE_DEVICES"] = next(iter(locks))
+        threads = (os.cpu_count() or 1) // (plan.settings.n_jobs * plan.ranks)
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+        command = training_command(plan.ranks, plan.config_dir, overrides, gpus=list(locks), port=port)
+        return LocalTrial(start_training(command, plan.log(number), environment, new_session=True), locks)
 
-    def _take_gpus(self) -> dict[str, FileLock]:
-        """As many GPUs as a trial needs, with their locks; fewer when others have them."""
+    def _take_gpus(self) -> dict[str, FileLock] | None:
+        """As many GPUs as a trial needs, with their locks: none on the CPU. None when others have them."""
         taken: dict[str, FileLock] = {}
         for gpu in self._gpus:
             lock = FileLock(_lock_folder() / f"gpu-{gpu}.lock", is_singleton=False)
@@ -202,7 +193,15 @@ class LocalSlots:
                 taken[gpu] = lock
             if len(taken) == self._plan.ranks:
                 break
+        if self._gpus and len(taken) < self._plan.ranks:
+            _release(taken)
+            return None
         return taken
+
+
+def _release(locks: dict[str, FileLock] | None) -> None:
+    for lock in (locks or {}).values():
+        lock.release()
 
 
 def visible_gpus(count: int) -> list[str]:
