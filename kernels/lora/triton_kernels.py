@@ -158,13 +158,14 @@ def grad_down(
         )
         if WIDEN:
             du = du.to(tl.float32)
-        if DROP:
-            groups = tl.program_id(0) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-            kept = _kept(rows, groups, threshold, seed_low, seed_high)
         if DA:
             x = tl.load(x_NK + row_starts * K + columns[None, :], mask=inside, other=0.0)
             if WIDEN:
                 x = x.to(tl.float32)
+        if DROP:  # after the load of x: before it, one configuration spills on sm_90
+            groups = tl.program_id(0) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+            kept = _kept(rows, groups, threshold, seed_low, seed_high)
+        if DA:
             if DROP:
                 x = tl.where(kept, x, 0.0)
             da = tl.dot(tl.trans(du), x, da, input_precision="ieee")

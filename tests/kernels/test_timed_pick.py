@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith.kernels import blocks, timed_pick
+from tunesmith.kernels import blocks, pick_cache, timed_pick
 from tunesmith.kernels.blocks import block
 from tunesmith.kernels.lce import backends
 from tunesmith.kernels.pick_cache import cache_file
@@ -112,6 +112,16 @@ def test_another_driver_or_kernel_is_timed_anew(tmp_path, monkeypatch):
     pick([toy([100, 1000], runs=runs)], CPU, cache)
     assert runs == ["toy", "toy"]
     assert len(json.loads(cache.read_text())["machines"]) == 2
+
+
+def test_a_change_in_a_folder_of_kernels_is_another_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(pick_cache, "__file__", str(tmp_path / "pick_cache.py"))
+    (tmp_path / "lce").mkdir()
+    found = set()
+    for text in ("BLOCK = 64", "BLOCK = 128"):
+        (tmp_path / "lce/chunked.py").write_text(text)
+        found.add(pick_cache.machine(CPU)["kernels"])
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize(
