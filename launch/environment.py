@@ -1,5 +1,6 @@
-"""Which variables of this process the ranks get."""
+"""Which variables of this process the ranks get, and a port for them."""
 
+import socket
 from collections.abc import Mapping, Sequence
 
 from tunesmith.train.redact import names_a_secret
@@ -30,3 +31,10 @@ def without_secrets(env: Mapping[str, str]) -> dict[str, str]:
 
 def _would_be_seen(name: str) -> bool:
     return (name.startswith(ON_COMMAND_LINES) and name != NEEDED) or names_a_secret(name)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -6,7 +6,6 @@ slurm_slots.py and submitit_slots.py have the trials that are jobs.
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
+from tunesmith.launch.environment import free_port
 from tunesmith.launch.sweeping.plan import SweepPlan
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError
 from tunesmith.train.files.run_folder import OURS
@@ -105,12 +105,6 @@ def training_command(
     which = ["--include", f"localhost:{','.join(gpus)}"] if gpus else ["--num_gpus", str(ranks)]
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     return [deepspeed, *which, "--master_port", str(port), script, *options, *overrides]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def trial_environment(port: int) -> dict[str, str]:

@@ -15,11 +15,11 @@ from typing import Any
 import submitit
 import yaml
 
+from tunesmith.launch.environment import free_port
 from tunesmith.launch.sweeping.plan import SweepPlan, num_gpus
 from tunesmith.launch.sweeping.slots import (
     Slots,
     code_of,
-    free_port,
     start_training,
     training_command,
     trial_environment,

@@ -33,362 +33,268 @@ class Mutant:
     chosen: str  # pytest -k
 
 
+def mutants(file: str, tests: str, chosen: str, *faults: tuple[str, str, str]) -> list[Mutant]:
+    """Faults (name, right, wrong) in one file that the same tests must catch."""
+    return [Mutant(name, file, right, wrong, tests, chosen) for name, right, wrong in faults]
+
+
 LOSS_MUTANTS = [
-    Mutant(
-        "p and q exchanged",
+    *mutants(
         "lce/row_math.py",
-        "small / (1 + small), 1 / (1 + small)",
-        "1 / (1 + small), small / (1 + small)",
         LOSS,
         "float64 and chunked-plain-sum",
+        ("p and q exchanged", "small / (1 + small), 1 / (1 + small)", "1 / (1 + small), small / (1 + small)"),
     ),
-    Mutant(
-        "log1p as log(1 + x)",
+    *mutants(
         "lce/row_math.py",
-        "tl.where(u == 1, x, tl.log(u)",
-        "tl.where(u == 0, x, tl.log(u)",
         LOSS,
         "by_itself and anchored",
+        ("log1p as log(1 + x)", "tl.where(u == 1, x, tl.log(u)", "tl.where(u == 0, x, tl.log(u)"),
     ),
-    Mutant("a coefficient of tanh", "lce/row_math.py", "(2 / 15 +", "(1 / 15 +", LOSS, "cap_on_small and anchored"),
-    Mutant(
-        "columns past the end are counted",
+    *mutants("lce/row_math.py", LOSS, "cap_on_small and anchored", ("a coefficient of tanh", "(2 / 15 +", "(1 / 15 +")),
+    *mutants(
         "lce/chunked.py",
-        "other = inside & (cols != own)",
-        "other = cols != own",
         LOSS,
         "float64 and chunked-plain-sum",
+        ("columns past the end are counted", "other = inside & (cols != own)", "other = cols != own"),
+        ("the label is not left out of the sum", "other = inside & (cols != own)", "other = inside"),
+        ("the running sum is not rescaled", "exps = exps * shrink + e", "exps = exps + e"),
+        (
+            "the gradient is written past the row",
+            "grad.to(row.dtype.element_ty), mask=cols < V)",
+            "grad.to(row.dtype.element_ty))",
+        ),
     ),
-    Mutant(
-        "the label is not left out of the sum",
+    *mutants(
         "lce/chunked.py",
-        "other = inside & (cols != own)",
-        "other = inside",
-        LOSS,
-        "float64 and chunked-plain-sum",
-    ),
-    Mutant(
-        "scale left out of the gradient",
-        "lce/chunked.py",
-        "label_factor, grad) * slope * scale",
-        "label_factor, grad) * slope",
         LOSS,
         "float64 and chunked-scale-sum",
+        ("scale left out of the gradient", "label_factor, grad) * slope * scale", "label_factor, grad) * slope"),
     ),
-    Mutant(
-        "the running sum is not rescaled",
+    *mutants(
         "lce/chunked.py",
-        "exps = exps * shrink + e",
-        "exps = exps + e",
-        LOSS,
-        "float64 and chunked-plain-sum",
-    ),
-    Mutant(
-        "float32 cast removed",
-        "lce/chunked.py",
-        "other=0.0).to(tl.float32)\n    if HAS_BIAS",
-        "other=0.0)\n    if HAS_BIAS",
         LOSS,
         "under_the_interpreter and chunked",
+        ("float32 cast removed", "other=0.0).to(tl.float32)\n    if HAS_BIAS", "other=0.0)\n    if HAS_BIAS"),
     ),
-    Mutant(
-        "a strip of the vocabulary short",
+    *mutants(
         "lce/anchored_kernels.py",
-        "tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), tl.cdiv(V, BLOCK_V)\n    for",
-        "tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), V // BLOCK_V\n    for",
         LOSS,
         "float64 and anchored-plain-sum",
+        (
+            "a strip of the vocabulary short",
+            "tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), tl.cdiv(V, BLOCK_V)\n    for",
+            "tiles_C, tiles_V = tl.cdiv(C, BLOCK_C), V // BLOCK_V\n    for",
+        ),
+        (
+            "the last columns of hidden left out",
+            "for at_D in range(0, D, BLOCK_D)",
+            "for at_D in range(0, D - BLOCK_D, BLOCK_D)",
+        ),
+        (
+            "the label counted twice",
+            "keep = (cols[None, :] < V) & (cols[None, :] != own[:, None])",
+            "keep = cols[None, :] < V",
+        ),
     ),
-    Mutant(
-        "the last columns of hidden left out",
+    *mutants(
         "lce/anchored_kernels.py",
-        "for at_D in range(0, D, BLOCK_D)",
-        "for at_D in range(0, D - BLOCK_D, BLOCK_D)",
-        LOSS,
-        "float64 and anchored-plain-sum",
-    ),
-    Mutant(
-        "the gradient is written past the row",
-        "lce/chunked.py",
-        "grad.to(row.dtype.element_ty), mask=cols < V)",
-        "grad.to(row.dtype.element_ty))",
-        LOSS,
-        "float64 and chunked-plain-sum",
-    ),
-    Mutant(
-        "the label counted twice",
-        "lce/anchored_kernels.py",
-        "keep = (cols[None, :] < V) & (cols[None, :] != own[:, None])",
-        "keep = cols[None, :] < V",
-        LOSS,
-        "float64 and anchored-plain-sum",
-    ),
-    Mutant(
-        "hopeless rows not rescued",
-        "lce/anchored_kernels.py",
-        "RESCUE = tl.constexpr(2.0**60)",
-        "RESCUE = tl.constexpr(2.0**120)",
         LOSS,
         "tiny_and_large and anchored and hopeless",
+        ("hopeless rows not rescued", "RESCUE = tl.constexpr(2.0**60)", "RESCUE = tl.constexpr(2.0**120)"),
     ),
-    Mutant(
-        "slope of the cap at the label",
+    *mutants(
         "lce/anchored_kernels.py",
-        "        label_factor *= 1 - tanh * tanh\n",
-        "",
         LOSS,
         "float64 and anchored-cap-sum",
+        ("slope of the cap at the label", "        label_factor *= 1 - tanh * tanh\n", ""),
     ),
-    Mutant(
-        "the label is not put into the head's gradient",
+    *mutants(
         "lce/anchored.py",
-        "        _add_labels(head.grad_unembed, head, out[LABEL_FACTOR], hidden_CD, labels_C, label_C)\n",
-        "",
         LOSS,
         "float64 and anchored-plain-sum",
+        (
+            "the label is not put into the head's gradient",
+            "        _add_labels(head.grad_unembed, head, out[LABEL_FACTOR], hidden_CD, labels_C, label_C)\n",
+            "",
+        ),
     ),
-    Mutant(
-        "only the last chunk's head gradient",
+    *mutants(
         "lce/over_chunks.py",
-        "        head.is_first = False\n",
-        "",
         LOSS,
         "float64 and torch-plain-sum",
+        ("only the last chunk's head gradient", "        head.is_first = False\n", ""),
     ),
-    Mutant(
-        "upstream gradient ignored",
+    *mutants(
         "lce/linear_cross_entropy.py",
-        "torch.mul(gradient, factor.to(",
-        "torch.mul(gradient, torch.ones_like(factor).to(",
         LOSS,
         "float64 and torch-plain-sum",
+        (
+            "upstream gradient ignored",
+            "torch.mul(gradient, factor.to(",
+            "torch.mul(gradient, torch.ones_like(factor).to(",
+        ),
+        ("masked rows kept", "kept = labels_T != IGNORE_INDEX", "kept = torch.ones_like(labels_T, dtype=torch.bool)"),
+        ("weights ignored", "loss_N = rows.nll * weights_N", "loss_N = rows.nll"),
     ),
-    Mutant(
-        "masked rows kept",
-        "lce/linear_cross_entropy.py",
-        "kept = labels_T != IGNORE_INDEX",
-        "kept = torch.ones_like(labels_T, dtype=torch.bool)",
-        LOSS,
-        "float64 and torch-plain-sum",
-    ),
-    Mutant(
-        "weights ignored",
-        "lce/linear_cross_entropy.py",
-        "loss_N = rows.nll * weights_N",
-        "loss_N = rows.nll",
-        LOSS,
-        "float64 and torch-plain-sum",
-    ),
-    Mutant(
-        "the largest of the others not taken out",
+    *mutants(
         "lce/torch_backend.py",
-        "logits_CV.sub_(largest_C[:, None])",
-        "logits_CV.sub_(0)",
         LOSS,
         "tiny_and_large and torch and hopeless",
+        ("the largest of the others not taken out", "logits_CV.sub_(largest_C[:, None])", "logits_CV.sub_(0)"),
     ),
-    Mutant(
-        "gradients under no_grad",
+    *mutants(
         "lce/linear_cross_entropy.py",
-        "(call.wants_gradient and it for",
-        "(it for",
         USE,
         "without_autograd",
+        ("gradients under no_grad", "(call.wants_gradient and it for", "(it for"),
     ),
-    Mutant(
-        "coefficients of float16 as they are",
+    *mutants(
         "lce/over_chunks.py",
-        "if dtype != torch.float16 or",
-        "if dtype != torch.bool or",
         USE,
         "float16 and chunked",
+        ("coefficients of float16 as they are", "if dtype != torch.float16 or", "if dtype != torch.bool or"),
     ),
-    Mutant(
-        "entropy of a token that cannot be",
+    *mutants(
         "lce/chunked.py",
-        "e * tl.where(e > 0, z - higher, 0.0)",
-        "e * (z - higher)",
         USE,
         "cannot_be and chunked",
+        ("entropy of a token that cannot be", "e * tl.where(e > 0, z - higher, 0.0)", "e * (z - higher)"),
     ),
 ]
 
-
 LORA_MUTANTS = [
-    Mutant(
-        "dropout left out of the forward",
+    *mutants(
         "lora/triton_kernels.py",
-        "            x = tl.where(kept, x, 0.0)\n        u =",
-        "            x = tl.where(kept, x, x)\n        u =",
         LORA,
         "every_gradient and primes and triton",
+        (
+            "dropout left out of the forward",
+            "            x = tl.where(kept, x, 0.0)\n        u =",
+            "            x = tl.where(kept, x, x)\n        u =",
+        ),
+        ("the mask left out of dx", "dx = tl.where(kept, dx, 0.0)", "dx = tl.where(kept, dx, dx)"),
+        (
+            "the mask left out of dA",
+            "x = tl.where(kept, x, 0.0)\n            da",
+            "x = tl.where(kept, x, x)\n            da",
+        ),
+        (
+            "dx is written past the row",
+            "dx.to(dx_NK.dtype.element_ty), mask=inside)",
+            "dx.to(dx_NK.dtype.element_ty), mask=rows[:, None] < N)",
+        ),
     ),
-    Mutant(
-        "the mask left out of dx",
-        "lora/triton_kernels.py",
-        "dx = tl.where(kept, dx, 0.0)",
-        "dx = tl.where(kept, dx, dx)",
-        LORA,
-        "every_gradient and primes and triton",
-    ),
-    Mutant(
-        "the mask left out of dA",
-        "lora/triton_kernels.py",
-        "x = tl.where(kept, x, 0.0)\n            da",
-        "x = tl.where(kept, x, x)\n            da",
-        LORA,
-        "every_gradient and primes and triton",
-    ),
-    Mutant(
-        "dropout's factor left out",
+    *mutants(
         "lora/lora_linear.py",
-        "scale = drop.keep_scale if drop else 1.0",
-        "scale = 1.0",
         LORA,
         "every_gradient and primes and torch",
+        ("dropout's factor left out", "scale = drop.keep_scale if drop else 1.0", "scale = 1.0"),
     ),
-    Mutant(
-        "scaling left out of dB",
+    *mutants(
         "lora/triton_backend.py",
-        "_ordered_sum(db_parts, db_OR[:, first : first + bucket], scale)",
-        "_ordered_sum(db_parts, db_OR[:, first : first + bucket], 1.0)",
         LORA,
         "every_gradient and odd and triton",
+        (
+            "scaling left out of dB",
+            "_ordered_sum(db_parts, db_OR[:, first : first + bucket], scale)",
+            "_ordered_sum(db_parts, db_OR[:, first : first + bucket], 1.0)",
+        ),
+        (
+            "scaling left out of du",
+            "_ordered_sum(du_parts, du_NR[:, first : first + bucket], scale)",
+            "_ordered_sum(du_parts, du_NR[:, first : first + bucket], 1.0)",
+        ),
     ),
-    Mutant(
-        "scaling left out of du",
-        "lora/triton_backend.py",
-        "_ordered_sum(du_parts, du_NR[:, first : first + bucket], scale)",
-        "_ordered_sum(du_parts, du_NR[:, first : first + bucket], 1.0)",
-        LORA,
-        "every_gradient and odd and triton",
-    ),
-    Mutant(
-        "only the first chunk of rows in dA and dB",
+    *mutants(
         "lora/triton_kernels.py",
-        "for _ in range(num_parts)",
-        "for _ in range(1)",
         LORA,
         "every_gradient and many and triton",
+        ("only the first chunk of rows in dA and dB", "for _ in range(num_parts)", "for _ in range(1)"),
     ),
-    Mutant(
-        "a block of rows short",
+    *mutants(
         "lora/triton_backend.py",
-        "    return _ceil(_ceil(rows, block), chunks) * block",
-        "    return max(1, _ceil(rows, block) // chunks) * block - (rows > 2 * block)",
         LORA,
         "every_gradient and many and triton",
+        (
+            "a block of rows short",
+            "    return _ceil(_ceil(rows, block), chunks) * block",
+            "    return max(1, _ceil(rows, block) // chunks) * block - (rows > 2 * block)",
+        ),
     ),
-    Mutant(
-        "all rows alike in Triton",
+    *mutants(
         "lora/triton_kernels.py",
-        "group + zero, row + zero",
-        "group + zero, zero",
         PHILOX,
         "triton_draws",
+        ("all rows alike in Triton", "group + zero, row + zero", "group + zero, zero"),
+        ("10 rounds in Triton", "tl.constexpr(7)", "tl.constexpr(10)"),
     ),
-    Mutant(
-        "10 rounds in Triton", "lora/triton_kernels.py", "tl.constexpr(7)", "tl.constexpr(10)", PHILOX, "triton_draws"
-    ),
-    Mutant("10 rounds in torch", "philox.py", "ROUNDS = 7", "ROUNDS = 10", PHILOX, "mask_is_philox"),
-    Mutant(
-        "half of the seed", "lora/triton_backend.py", "_int32(dropout.seed >> 32)", "_int32(0)", PHILOX, "triton_draws"
-    ),
-    Mutant(
-        "all rows alike in torch",
+    *mutants(
         "philox.py",
-        "c2, c3 = group, row,",
-        "c2, c3 = group, row * 0,",
         PHILOX,
         "mask_is_philox",
+        ("10 rounds in torch", "ROUNDS = 7", "ROUNDS = 10"),
+        ("all rows alike in torch", "c2, c3 = group, row,", "c2, c3 = group, row * 0,"),
     ),
-    Mutant(
-        "the bias twice",
+    *mutants(
+        "lora/triton_backend.py",
+        PHILOX,
+        "triton_draws",
+        ("half of the seed", "_int32(dropout.seed >> 32)", "_int32(0)"),
+    ),
+    *mutants(
         "lora/triton_kernels.py",
-        "y += tl.load(",
-        "y += 2 * tl.load(",
         LORA,
         "gradient and odd and triton",
+        ("the bias twice", "y += tl.load(", "y += 2 * tl.load("),
     ),
-    Mutant(
-        "a member with another's B",
+    *mutants(
         "lora/autograd.py",
-        "lora_bs[i], scale, biases[i]",
-        "lora_bs[min(i, 1)], scale, biases[i]",
         LORA,
         "every_gradient and v-torch",
+        ("a member with another's B", "lora_bs[i], scale, biases[i]", "lora_bs[min(i, 1)], scale, biases[i]"),
+        ("a member with another's u", "back_end.up(u_NR[:, starts[i] :]", "back_end.up(u_NR[:, starts[0] :]"),
     ),
-    Mutant(
-        "a member with another's u",
+    *mutants(
         "lora/autograd.py",
-        "back_end.up(u_NR[:, starts[i] :]",
-        "back_end.up(u_NR[:, starts[0] :]",
-        LORA,
-        "every_gradient and v-torch",
-    ),
-    Mutant(
-        "an unused member has a gradient",
-        "lora/autograd.py",
-        "du_NR[:, start:end] = 0",
-        "du_NR[:, start:end] = 1",
         LORA,
         "nobody_uses and torch",
+        ("an unused member has a gradient", "du_NR[:, start:end] = 0", "du_NR[:, start:end] = 1"),
     ),
-    Mutant(
-        "dx is written past the row",
+    *mutants(
         "lora/triton_kernels.py",
-        "dx.to(dx_NK.dtype.element_ty), mask=inside)",
-        "dx.to(dx_NK.dtype.element_ty), mask=rows[:, None] < N)",
-        LORA,
-        "every_gradient and primes and triton",
-    ),
-    Mutant(
-        "padded ranks are written",
-        "lora/triton_kernels.py",
-        "inside = (row < rows) & (column < columns)",
-        "inside = row < rows",
         LORA,
         "every_gradient and odd and triton",
+        ("padded ranks are written", "inside = (row < rows) & (column < columns)", "inside = row < rows"),
+        ("u rounded", "u.to(u_NR.dtype.element_ty)", "u.to(tl.float16).to(u_NR.dtype.element_ty)"),
     ),
-    Mutant(
-        "later slices of ranks replace the first",
+    *mutants(
         "lora/triton_backend.py",
-        "ADD=first > 0",
-        "ADD=False",
         LORA,
         "every_gradient and slices and triton",
+        ("later slices of ranks replace the first", "ADD=first > 0", "ADD=False"),
     ),
-    Mutant(
-        "u rounded",
+    *mutants(
         "lora/triton_kernels.py",
-        "u.to(u_NR.dtype.element_ty)",
-        "u.to(tl.float16).to(u_NR.dtype.element_ty)",
-        LORA,
-        "every_gradient and odd and triton",
-    ),
-    Mutant(
-        "float32 cast of dy removed",
-        "lora/triton_kernels.py",
-        "            dy = dy.to(tl.float32)\n",
-        "            dy = dy.to(dy.dtype)\n",
         LORA,
         "16_bits and bfloat16 and triton",
+        ("float32 cast of dy removed", "            dy = dy.to(tl.float32)\n", "            dy = dy.to(dy.dtype)\n"),
     ),
-    Mutant(
-        "DoRA's norm without the cross term",
+    *mutants(
         "lora/lora_linear.py",
-        "2 * scaling * mm_fp32(weight_OK, lora_a.t()) + scaling**2",
-        "scaling**2",
         LORA,
         "doras_norm",
+        (
+            "DoRA's norm without the cross term",
+            "2 * scaling * mm_fp32(weight_OK, lora_a.t()) + scaling**2",
+            "scaling**2",
+        ),
     ),
-    Mutant(
-        "DoRA forgets what was dropped",
+    *mutants(
         "lora/lora_linear.py",
-        "rest = x - dropped",
-        "rest = x",
         LORA,
         "dora_is_right and torch",
+        ("DoRA forgets what was dropped", "rest = x - dropped", "rest = x"),
     ),
 ]
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,18 +11,14 @@ from typing import Any
 
 import pytest
 
+from tunesmith.launch.environment import free_port
+
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
     "python": [],
     "deepspeed": ["--num_gpus", "2", "--master_port"],
     "torchrun": ["--nproc_per_node", "2", "--master_port"],
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

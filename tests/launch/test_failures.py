@@ -4,7 +4,6 @@ import json
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tunesmith.launch.environment import free_port
 
 SCRIPT = Path(__file__).parents[2] / "launch/train.py"
 STEPS = ("+exp=debug", "output_dir=run", "schedule.max_steps=6", "checkpoint.every_steps=2", "evaluate.generate=false")
@@ -44,12 +45,6 @@ class Ended:
 
 
 Fail = Callable[..., Ended]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

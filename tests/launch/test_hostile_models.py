@@ -164,24 +164,6 @@ def test_training_runs_no_code_of_a_model_folder(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.row(30)
-@pytest.mark.parametrize("script", ["chat", pytest.param("evaluate", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("plant", HOSTILE, ids=lambda plant: plant.__name__)
-def test_a_run_folder_runs_no_code_when_it_is_asked(
-    plant: Callable[[Path, Path], None],
-    script: str,
-    root: Path,
-    finished: dict[str, Path],
-    tmp_path: Path,
-    command: Command,
-) -> None:
-    run, canary = tmp_path / "run", tmp_path / "canary"
-    shutil.copytree(finished["all"], run)
-    plant(run / "model", canary)
-    more = {"chat": ["prompt=hello"], "evaluate": [f"data={root}/rows.jsonl", "max_new_tokens=1"]}[script]
-    assert_refused(command(script, root, f"run={run}", *more), *HOSTILE[plant], canary)
-
-
 def pickled_adapter(folder: Path, canary: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle_that_touches(canary))
@@ -207,24 +189,33 @@ ADAPTERS: dict[Callable[[Path, Path], None], tuple[str, str]] = {
 }
 
 
+ASKED = [
+    *(("chat", "all", plant) for plant in HOSTILE),
+    *(pytest.param("evaluate", "all", plant, marks=pytest.mark.slow) for plant in HOSTILE),
+    *((script, "adapter", plant) for plant in ADAPTERS for script in ("chat", "export")),
+]
+
+
 @pytest.mark.row(28)
 @pytest.mark.row(30)
-@pytest.mark.parametrize("script", ["chat", "export"])
-@pytest.mark.parametrize("plant", ADAPTERS, ids=lambda plant: plant.__name__)
-def test_an_adapter_runs_no_code_when_it_is_asked_or_merged(
+@pytest.mark.parametrize(("script", "trained", "plant"), ASKED, ids=lambda value: getattr(value, "__name__", value))
+def test_a_run_folder_runs_no_code_when_it_is_asked_or_merged(
     plant: Callable[[Path, Path], None],
     script: str,
+    trained: str,
     root: Path,
     finished: dict[str, Path],
     tmp_path: Path,
     command: Command,
 ) -> None:
     run, canary = tmp_path / "run", tmp_path / "canary"
-    shutil.copytree(finished["adapter"], run)
+    shutil.copytree(finished[trained], run)
     plant(run / "model", canary)
-    more = {"chat": ["prompt=hello"], "export": [f"out={tmp_path}/merged"]}[script]
-    answer = command(script, root, f"run={run}", *more, env={"PYTHONPATH": str(run)})
-    assert_refused(answer, *ADAPTERS[plant], canary)
+    evaluated = [f"data={root}/rows.jsonl", "max_new_tokens=1"]
+    more = {"chat": ["prompt=hello"], "evaluate": evaluated, "export": [f"out={tmp_path}/merged"]}[script]
+    env = {"PYTHONPATH": str(run)} if trained == "adapter" else {}
+    answer = command(script, root, f"run={run}", *more, env=env)
+    assert_refused(answer, *(ADAPTERS if trained == "adapter" else HOSTILE)[plant], canary)
     assert not (tmp_path / "merged").exists()
 
 

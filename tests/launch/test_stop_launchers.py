@@ -7,7 +7,6 @@ alone.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tunesmith.launch.environment import free_port
 from tunesmith.train.ranks.launchers import launcher_of
 from tunesmith.train.ranks.stop import ENDS
 
@@ -42,12 +42,6 @@ SMALL = (
 )
 RANKS = {"python": 1, "deepspeed": 2, "torchrun": 2}
 SLOW_STEPS = "slow:phase=forward,step=0,last_step=100,seconds=0.2"  # two forwards a step and rank, or four
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def command(launcher: str, *overrides: str) -> list[str]:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tunesmith.launch.environment import free_port
 from tunesmith.launch.supervise import read, with_output_dir
 from tunesmith.launch.training_process import TrainingExit
 from tunesmith.train.checkpoint.step_folders import newest_checkpoint
@@ -350,12 +350,6 @@ def supervise_ranks(launch_environment: dict[str, str], tmp_path: Path) -> Calla
         return code, (tmp_path / "log.txt").read_text(errors="replace")
 
     return call
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def steps(folder: Path) -> list[int]:

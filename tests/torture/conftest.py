@@ -5,7 +5,6 @@ import os
 import queue
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,15 +16,11 @@ from typing import Any
 
 import pytest
 
+from tunesmith.launch.environment import free_port
+
 ZYGOTE = Path(__file__).parent / "zygote.py"
 NUM_STEPS = 12
 EVERY_STEPS = 3  # between two saves
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

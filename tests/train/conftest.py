@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,14 +12,10 @@ from typing import Any
 
 import pytest
 
+from tunesmith.launch.environment import free_port
+
 WORKER = Path(__file__).parent / "worker.py"
 TASK_SECONDS = 280  # below pytest's own limit, so that it is the pool that says which rank failed
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def rank_environment(rank: int, world_size: int, port: int, scratch: Path) -> dict[str, str]:
@@ -40,6 +35,10 @@ def rank_environment(rank: int, world_size: int, port: int, scratch: Path) -> di
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SLURM_"))}
     return kept | {name: str(value) for name, value in ours.items()}
+
+
+def in_pieces(rank: Any, **arguments: Any) -> Any:
+    return rank.train_in_pieces(**arguments)
 
 
 class RankPool:
@@ -64,6 +63,10 @@ class RankPool:
             process.stdin.write(json.dumps(task) + "\n")
             process.stdin.flush()
         return self._collect(answer)
+
+    def train_in_pieces(self, **arguments: Any) -> list[Any]:
+        """What Rank.train_in_pieces(overrides, run_dir, stop_after) gives on each rank."""
+        return self.run(in_pieces, **arguments)
 
     def _start(self) -> None:
         port = free_port()
@@ -124,11 +127,16 @@ def short_run(
 ) -> Callable[..., list[str]]:
     """short_run(2, 8, "schedule=cosine", records=40) is a command line: eight fp32 steps of a tiny llama at ZeRO 2.
 
-    What is given takes the place of what stands here.
+    What is given takes the place of what stands here. splits_all: under ZeRO 3 not even small weights stay whole.
     """
 
     def overrides(
-        stage: int, num_steps: int | None, *given: str, records: int = 47, model: Path | None = None
+        stage: int,
+        num_steps: int | None,
+        *given: str,
+        records: int = 47,
+        model: Path | None = None,
+        splits_all: bool = False,
     ) -> list[str]:
         common = [
             f"model.name_or_path={model or make_model()}",
@@ -145,6 +153,9 @@ def short_run(
             "optimizer.learning_rate=1e-3",
             "track=none",
         ]
+        if splits_all and stage == 3:
+            limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+            common += [f"engine.deepspeed.zero_optimization.stage3_{limit}=0" for limit in limits]
         return list({override.partition("=")[0]: override for override in [*common, *given]}.values())
 
     return overrides

@@ -123,17 +123,8 @@ def test_a_change_in_one_packed_record_does_not_move_another(
 
 
 def evaluation(rank: Any, overrides: list[str], batch_size: int) -> dict[str, float]:
-    from tunesmith.train.answer.evaluate import evaluate
-
     with rank.ready(overrides) as (loop, _):
-        return evaluate(
-            loop.session.engine,
-            loop.objective,
-            loop.run.data.train,
-            batch_size=batch_size,
-            world=rank.world,
-            pad_token_id=0,
-        )
+        return rank.evaluate(loop, batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.train.answer.evaluate import evaluate
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.config.config import Config
 from tunesmith.train.data.prepare import prepare
@@ -122,6 +123,11 @@ class Rank:
             yield
         finally:
             progress.plan = None
+
+    def evaluate(self, loop: Loop, batch_size: int) -> dict[str, float]:
+        """The objective's figures of the training split."""
+        engine, store = loop.session.engine, loop.run.data.train
+        return evaluate(engine, loop.objective, store, batch_size=batch_size, world=self.world, pad_token_id=0)
 
     def train(self, overrides: list[str], run_dir: str | None = None) -> Recorder:
         """A whole run of the loop, without what follows it."""

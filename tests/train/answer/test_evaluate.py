@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tunesmith.train.answer.evaluate import answer_metrics, evaluate, rank_batches, same_answer
+from tunesmith.train.answer.evaluate import answer_metrics, rank_batches, same_answer
 from tunesmith.train.ranks.distributed import World
 
 OVERRIDES = (
@@ -20,14 +20,7 @@ OVERRIDES = (
 
 def evaluate_split(rank, overrides: list[str], batch_size: int) -> list[float]:
     with rank.ready(overrides) as (loop, _):
-        found = evaluate(
-            loop.session.engine,
-            loop.objective,
-            loop.run.data.train,
-            batch_size=batch_size,
-            world=rank.world,
-            pad_token_id=0,
-        )
+        found = rank.evaluate(loop, batch_size)
         return [found[name] for name in ("eval/loss", "eval/perplexity", "eval/token_accuracy")]
 
 

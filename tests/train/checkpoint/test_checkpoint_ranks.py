@@ -23,11 +23,6 @@ def overrides_of(short_run: Callable[..., list[str]], make_model: Callable[..., 
     return lambda stage, *more: short_run(stage, NUM_STEPS, *own, *more, records=40, model=model)
 
 
-def in_pieces(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
-    """On every rank: what Rank.train_in_pieces() gives."""
-    return rank.train_in_pieces(overrides, run_dir, stop_after)
-
-
 MATRIX = [(stage, precision) for stage in range(4) for precision in ("bf16", "fp16")]
 QUICK = [(1, "bf16"), (3, "fp16")]
 
@@ -46,8 +41,8 @@ def test_what_each_kind_of_engine_saves_is_allowed_and_loads_bitwise(
     if precision == "fp16":
         request.getfixturevalue("fp16")
     overrides = overrides_of(stage, f"engine.precision={precision}")
-    alone = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])
-    taken_up = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "pieces"), stop_after=[3])
+    alone = ranks(2).train_in_pieces(overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])
+    taken_up = ranks(2).train_in_pieces(overrides=overrides, run_dir=str(tmp_path / "pieces"), stop_after=[3])
     assert taken_up[0]["started_at"] == [0, 2]
     assert len(alone[0]["losses"]) == NUM_STEPS
     assert taken_up[0]["losses"] == alone[0]["losses"]
@@ -61,9 +56,11 @@ def test_what_each_kind_of_engine_saves_is_allowed_and_loads_bitwise(
 def test_in_the_background_a_resumed_run_is_bitwise_the_same(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, more: str
 ) -> None:
-    alone = ranks(2).run(in_pieces, overrides=overrides_of(stage, more), run_dir=str(tmp_path / "alone"), stop_after=[])
+    alone = ranks(2).train_in_pieces(
+        overrides=overrides_of(stage, more), run_dir=str(tmp_path / "alone"), stop_after=[]
+    )
     background = overrides_of(stage, more, "checkpoint.async_save=true")
-    found = ranks(2).run(in_pieces, overrides=background, run_dir=str(tmp_path / "pieces"), stop_after=[5, 3])
+    found = ranks(2).train_in_pieces(overrides=background, run_dir=str(tmp_path / "pieces"), stop_after=[5, 3])
     _, second, third = found[0]["started_at"]  # of the last save of a piece, nobody knows whether it was published
     assert second in (2, 4)
     assert third in (second, second + 2)

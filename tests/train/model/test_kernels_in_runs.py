@@ -20,20 +20,15 @@ def overrides_of(short_run: Callable[..., list[str]], make_records: Callable[...
     return lambda *more: short_run(0, NUM_STEPS, *own, *more, records=29)
 
 
-def in_pieces(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
-    """On every rank: what Rank.train_in_pieces() gives."""
-    return rank.train_in_pieces(overrides, run_dir, stop_after)
-
-
 @pytest.mark.parametrize("adapter", [["adapter=none"], DROPOUT, ["adapter=dora", "adapter.dropout=0.2"]], ids=str)
 def test_neither_recomputation_nor_evaluation_nor_resuming_changes_a_bit(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, adapter: list[str]
 ) -> None:
     plain = ["model.gradient_checkpointing=false", *adapter]
     busy = ["model.gradient_checkpointing=true", "evaluate.every_steps=2", *adapter]
-    (alone,) = ranks(1).run(in_pieces, overrides=overrides_of(*plain), run_dir=str(tmp_path / "alone"), stop_after=[])
-    (taken_up,) = ranks(1).run(
-        in_pieces, overrides=overrides_of(*busy), run_dir=str(tmp_path / "busy"), stop_after=[4, 2]
+    (alone,) = ranks(1).train_in_pieces(overrides=overrides_of(*plain), run_dir=str(tmp_path / "alone"), stop_after=[])
+    (taken_up,) = ranks(1).train_in_pieces(
+        overrides=overrides_of(*busy), run_dir=str(tmp_path / "busy"), stop_after=[4, 2]
     )
     assert len(alone["evaluations"]) < len(taken_up["evaluations"])
     assert len(alone["losses"]) == NUM_STEPS

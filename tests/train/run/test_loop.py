@@ -13,11 +13,6 @@ WARMUP_STEPS = 3
 LEARNING_RATES = {"none": 3e-3, "lora": 5e-3}
 MAX_GRAD_NORM = 1.0
 TOLERANCE = 1e-5
-NOTHING_STAYS = [
-    f"engine.deepspeed.zero_optimization.stage3_{name}=0"
-    for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-]
-
 # world size, ZeRO stage, micro batch, adapter. The first third is in `make test`.
 QUICK = [
     (1, 0, 4, "none"),
@@ -83,8 +78,7 @@ def curve_of(ranks: Callable[[int], Any], short_run: Callable[..., list[str]]) -
         own += [f"schedule.epochs={EPOCHS}", f"schedule.warmup_fraction={WARMUP_STEPS / NUM_STEPS}"]
         own += [f"optimizer.learning_rate={LEARNING_RATES[adapter]}", "optimizer.weight_decay=0.1"]
         own += [f"optimizer.max_grad_norm={MAX_GRAD_NORM}", "checkpoint.at_end=false"]
-        stays = NOTHING_STAYS if stage == 3 else []
-        overrides = short_run(stage, None, *own, *stays, *more, records=NUM_RECORDS)
+        overrides = short_run(stage, None, *own, *more, records=NUM_RECORDS, splits_all=True)
         key = f"{world_size} {overrides}"
         if key not in done:
             on_ranks = ranks(world_size).run(train, overrides=overrides)

@@ -15,11 +15,6 @@ import pytest
 TRAIN = Path(__file__).parents[3] / "launch/train.py"
 NUM_STEPS = 14
 ADAPTERS = {"none": ["adapter=none"], "lora": ["adapter=lora", "adapter.dropout=0.1"]}
-NOTHING_STAYS = [
-    f"engine.deepspeed.zero_optimization.stage3_{name}=0"
-    for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-]
-
 OverridesOf = Callable[..., list[str]]
 
 
@@ -30,15 +25,9 @@ def overrides_of(short_run: Callable[..., list[str]], make_model: Callable[..., 
     model = make_model(attention_dropout=0.1)
 
     def overrides(stage: int, adapter: str, *more: str) -> list[str]:
-        stays = NOTHING_STAYS if stage == 3 else []
-        return short_run(stage, NUM_STEPS, *own, *ADAPTERS[adapter], *stays, *more, model=model)
+        return short_run(stage, NUM_STEPS, *own, *ADAPTERS[adapter], *more, model=model, splits_all=True)
 
     return overrides
-
-
-def in_pieces(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
-    """On every rank: what Rank.train_in_pieces() gives."""
-    return rank.train_in_pieces(overrides, run_dir, stop_after)
 
 
 @pytest.mark.row(17)
@@ -56,8 +45,8 @@ def test_losses_after_two_resumes_are_bitwise_those_of_one_run(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, adapter: str
 ) -> None:
     overrides = overrides_of(stage, adapter)
-    alone = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])
-    taken_up = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "taken-up"), stop_after=[5, 4])
+    alone = ranks(2).train_in_pieces(overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])
+    taken_up = ranks(2).train_in_pieces(overrides=overrides, run_dir=str(tmp_path / "taken-up"), stop_after=[5, 4])
     assert taken_up[0]["started_at"] == [0, 3, 6]
     assert len(alone[0]["losses"]) == NUM_STEPS
     assert taken_up[0]["losses"] == alone[0]["losses"]
@@ -137,7 +126,7 @@ def test_the_same_command_goes_on_bitwise_after_being_killed_twice(
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log.txt"
     overrides = overrides_of(stage, adapter, "cluster.device=cpu")
-    alone = ranks(2).run(in_pieces, overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])[0]["losses"]
+    alone = ranks(2).train_in_pieces(overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])[0]["losses"]
     lots = random.Random(stage)
     for step in (lots.randint(4, 6), lots.randint(8, 12)):
         processes = start([*overrides, f"output_dir={run_dir}"], rank_environments(2), log)

@@ -15,11 +15,6 @@ EVERY_STEPS = 6
 SPIKED = 38  # counted from 1: steps 36 to 38 are passed over, and the checkpoint of step 36 is not gone back to
 FAULT = f"spike:step={SPIKED - 1}"  # its steps are counted from 0; last_step: in every forward of the step
 EVERY_FORWARD = f"{FAULT},last_step={SPIKED - 1}"
-NOTHING_STAYS = [
-    f"engine.deepspeed.zero_optimization.stage3_{name}=0"
-    for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-]
-
 OverridesOf = Callable[..., list[str]]
 
 
@@ -31,8 +26,7 @@ def overrides_of(short_run: Callable[..., list[str]], make_model: Callable[..., 
 
     def overrides(stage: int, adapter: str, *more: str) -> list[str]:
         adapters = ["adapter=lora", "adapter.dropout=0.1"] if adapter == "lora" else ["adapter=none"]
-        stays = NOTHING_STAYS if stage == 3 else []
-        return short_run(stage, NUM_STEPS, *own, *adapters, *stays, *more, model=model)
+        return short_run(stage, NUM_STEPS, *own, *adapters, *more, model=model, splits_all=True)
 
     return overrides
 
