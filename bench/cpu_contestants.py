@@ -108,8 +108,17 @@ def tunesmith(setting: Setting) -> Training:
     device = torch.device("cpu")
     if not torch.distributed.is_initialized():
         start(World(), device, timeout_minutes=10)
-    parts = (setting.tokenizer, setting.objective, setting.data, choose_kernels(setting.config, device), reporter)
-    run = make_run(setting.config, World(), device, setting.scratch / "run", *parts)
+    run = make_run(
+        setting.config,
+        World(),
+        device,
+        setting.scratch / "run",
+        tokenizer=setting.tokenizer,
+        objective=setting.objective,
+        data=setting.data,
+        kernels=choose_kernels(setting.config, device),
+        reporter=reporter,
+    )
     loop = Loop(run, open_session(run))
 
     def train(step_done: StepDone) -> None:

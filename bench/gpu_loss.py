@@ -33,7 +33,7 @@ from gpu_measuring import (
 
 HEADS = {"1B": (2048, 128256), "7B": (3584, 152064), "8B": (4096, 128256)}  # Llama-3.2, Qwen2.5, Llama-3.1: D, V
 TINY = {"1B": (16, 500), "7B": (24, 700), "8B": (32, 500)}
-OURS = ("anchored", "chunked", "ours_torch")
+HIDDEN_PREFIX = ("anchored", "chunked", "ours_torch")
 RIVALS = ("liger", "liger_x8", "cce")
 GOAL_SHARE = {"1B": 0.88, "7B": 0.94, "8B": 0.94}
 GOAL_SPEED = {1.0: 1.3, 0.35: 2.5}
@@ -173,7 +173,7 @@ def measure(case: Case, runners: dict[str, Loss], device: torch.device, tiny: bo
     fit = {name: loss for name, loss in runners.items() if _is_right(errors[name])}
     calls: dict[str, Any] = {name: partial(run, loss, inputs) for name, loss in fit.items()}
     memory = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
-    own = [name for name in OURS if name in fit]
+    own = [name for name in HIDDEN_PREFIX if name in fit]
     if own:
         calls["control"] = calls[own[0]]
     calls["limit"] = limit_call(inputs)

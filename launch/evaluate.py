@@ -25,7 +25,7 @@ def evaluate(arguments: list[str]) -> None:
     batch_size, max_new_tokens = whole_number(values, "batch_size"), whole_number(values, "max_new_tokens")
 
     from tunesmith.train.answer.bot import Bot
-    from tunesmith.train.answer.evaluate import answer_metrics, same_answer
+    from tunesmith.train.answer.scores import answer_metrics, same_answer
     from tunesmith.train.data.prepare import prepare
     from tunesmith.train.objective.objective import make_objective
     from tunesmith.train.track.console import Console

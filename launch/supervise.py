@@ -26,8 +26,8 @@ from types import FrameType
 
 from tunesmith.launch.arguments import main, take_option
 from tunesmith.launch.training_process import TrainingProcess
-from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
+from tunesmith.train.files.step_folders import newest_checkpoint
 from tunesmith.train.ranks.fault_plan import RESTART
 from tunesmith.train.ranks.stop import SIGNALS, end
 

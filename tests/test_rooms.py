@@ -1,6 +1,9 @@
 """The house: which room may import which (docs/architecture.md), read from every import statement of the code."""
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -114,13 +117,18 @@ def test_a_library_is_at_home_in_its_rooms_only(library: str) -> None:
     assert not guests
 
 
+@pytest.mark.parametrize("module", ["answer.bot", "data.prepare", "run.run"])
+def test_deepspeed_is_imported_only_once_a_run_is_ready(module: str) -> None:
+    """It takes seconds, and picks its accelerator while it is imported."""
+    code = f"import sys, tunesmith.train.{module}; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_only_the_optimizers_file_knows_adamw() -> None:
     """The yaml and the schema name its settings; a checkpoint's moments are read from its state."""
     for path in sources("train"):
         if room_of(path) not in ("optimizer", "config"):
-            text = path.read_text(encoding="utf-8")
-            assert "AdamW" not in text, path
-            assert "CPUAdam" not in text, path
+            assert not re.search("AdamW|CPUAdam", path.read_text(encoding="utf-8")), path
 
 
 def test_every_room_says_what_it_is_for() -> None:

@@ -1,4 +1,4 @@
-"""The training engine. With the other engine_*.py files, the only place that knows DeepSpeed."""
+"""The training engine. With zero/ and optimizer.py, the only place that knows DeepSpeed."""
 
 import math
 from collections.abc import Callable, Container, Iterator
@@ -14,9 +14,9 @@ from tunesmith.train.errors import TrainingError
 from tunesmith.train.files.background_writer import RankFiles
 from tunesmith.train.model.output_head import TargetRows
 from tunesmith.train.model.scorer import Scorer
-from tunesmith.train.optimizer import apply_settings, make_optimizer, parameter_groups, state_of
+from tunesmith.train.optimizer import apply_settings, make_optimizer, parameter_groups, set_learning_rate, state_of
 from tunesmith.train.ranks.distributed import World, barrier
-from tunesmith.train.zero import universal as engine_universal
+from tunesmith.train.zero import universal
 from tunesmith.train.zero.checkpoint_engine import EngineFiles
 from tunesmith.train.zero.deepspeed import deepspeed
 from tunesmith.train.zero.deepspeed_config import deepspeed_config, is_plain_fp32, raw_keys_explained
@@ -72,7 +72,7 @@ class Engine:
         groups = parameter_groups(model, config.optimizer.weight_decay)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._group_names = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
-        self._weight_decays = [group["weight_decay"] for group in groups]
+        self._group_settings = [{key: group[key] for key in group if key != "params"} for group in groups]
         target_rows = TargetRows(model)
         if device.type == "cpu":
             model.to(device)
@@ -138,8 +138,7 @@ class Engine:
         return Update(grad_norm=norm, applied=math.isfinite(norm))
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._engine.optimizer, learning_rate)
 
     def whole_parameters(self, names: Container[str]) -> Iterator[tuple[str, nn.Parameter]]:
         """The named parameters, whole while each is held, one at a time. Every rank must go through all of them."""
@@ -200,12 +199,12 @@ class Engine:
 
     def load_converted(self, folder: Path) -> None:
         """Restores what save() wrote on other ranks or at another stage, from its whole parameters (conversion.py)."""
-        engine_universal.load(self._engine, folder, self._group_names, state_of)
+        universal.load(self._engine, folder, self._group_names, state_of)
         self._apply_settings()
 
     def _apply_settings(self) -> None:
         optimizer = self._engine.optimizer
-        apply_settings(optimizer, self._weight_decays, self._config)
+        apply_settings(optimizer, self._group_settings, self._config)
         if hasattr(optimizer, "clip_grad"):
             optimizer.clip_grad = self._config.optimizer.max_grad_norm or 0.0
 

@@ -37,10 +37,18 @@ def make_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.
     return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
-def apply_settings(optimizer: Any, weight_decays: list[float], config: Config) -> None:
-    """The config's settings, where a checkpoint has put back its own: they may have been changed."""
-    for group, weight_decay in zip(optimizer.param_groups, weight_decays, strict=True):
-        group.update(weight_decay=weight_decay, **_settings(config))
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def apply_settings(optimizer: Any, groups: list[dict[str, Any]], config: Config) -> None:
+    """The config's settings, where a checkpoint has put back its own: they may have been changed.
+
+    groups: as parameter_groups() made them, without their parameters.
+    """
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update(**own, **_settings(config))
 
 
 def state_of(optimizer: Any, weights: Tensor, updates: float, moments: Mapping[str, Tensor]) -> dict[str, Any]:

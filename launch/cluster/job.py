@@ -31,10 +31,10 @@ from tunesmith.launch.cluster.job_spec import JobSpec
 from tunesmith.launch.cluster.srun import Srun
 from tunesmith.launch.cluster.start_status import CONTROLLER_SECONDS, RETRY_SECONDS, Allocation, StartStatus
 from tunesmith.launch.training_process import TrainingExit
-from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED
 from tunesmith.train.files import run_folder
 from tunesmith.train.files.fence import fence, token_from_environment
+from tunesmith.train.files.step_folders import newest_checkpoint
 from tunesmith.train.ranks.fault_plan import RESTART
 from tunesmith.train.ranks.stop import ENDS, QUIETLY, RUNNING, end
 from tunesmith.train.redact import redact_text

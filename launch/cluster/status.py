@@ -18,9 +18,10 @@ from tunesmith.launch.arguments import run_argument, show_help
 from tunesmith.launch.cluster.job_folder import JobFolder, find_job, run_folder_of
 from tunesmith.launch.cluster.log_file import tail_rows
 from tunesmith.launch.cluster.queue import job_facts
-from tunesmith.train.checkpoint.step_folders import newest_checkpoint, step_folder
 from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.files import manifest
+from tunesmith.train.files.run_folder import SUMMARY
+from tunesmith.train.files.step_folders import newest_checkpoint, step_folder
 from tunesmith.train.redact import redact_text
 from tunesmith.train.track.console import duration
 
@@ -48,7 +49,7 @@ def status(arguments: list[str]) -> None:
 def status_of(run: Path) -> Tree:
     """What is known of a run. Raises ConfigError for a damaged job.json."""
     job = find_job(run)
-    summary = _tree(run / "summary.json")
+    summary = _tree(run / SUMMARY)
     return {
         "run": str(run),
         "job": _job(job) if job else None,

@@ -28,7 +28,7 @@ from tunesmith.train.config.config import ClusterKind
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import durable, run_folder
 from tunesmith.train.redact import names_a_secret
-from tunesmith.train.zero import deepspeed_config as engine_config
+from tunesmith.train.zero import deepspeed_config
 
 SUBMIT_SECONDS = 60.0  # for sbatch to answer
 SCRIPT = "script.sh"
@@ -82,7 +82,7 @@ def prepare(
                 key="cluster.kind",
                 do="leave cluster=... out, or start the run with launch/train.py or launch/hosts.py.",
             )
-        engine_config.check(config, cluster.nodes * cluster.ranks_per_node)
+        deepspeed_config.check(config, cluster.nodes * cluster.ranks_per_node)
         folder = run_dir or run_folder.choose(config)
         run_folder.check_usable(folder, config.resume.source)
         spec = JobSpec(
@@ -141,7 +141,7 @@ class Unanswered(ConfigError):
 @contextmanager
 def _only_one(run_dir: Path) -> Iterator[None]:
     """Raises ConfigError while another submission of the run is under way; blocks signals until it is done."""
-    lock = FileLock(run_dir / f"{run_folder.OURS}submit")
+    lock = FileLock(run_dir / f"{run_folder.HIDDEN_PREFIX}submit")
     try:
         lock.acquire(timeout=0)
     except Timeout:

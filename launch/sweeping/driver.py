@@ -15,10 +15,10 @@ from tunesmith.launch.sweeping.settings import Pruner
 from tunesmith.launch.sweeping.slots import NotNow, Slots, StartedTrial, is_busy
 from tunesmith.launch.sweeping.trial_outcome import TrialOutcome, curve, outcome_of
 from tunesmith.launch.sweeping.trials import STATES, Trials
-from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.errors import TunesmithError
 from tunesmith.train.files.run_folder import JOB
+from tunesmith.train.files.step_folders import newest_checkpoint
 from tunesmith.train.ranks.stop import SIGNALS
 from tunesmith.train.redact import redact_text
 from tunesmith.train.track.console import duration, figure

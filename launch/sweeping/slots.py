@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from tunesmith.launch.environment import free_port
 from tunesmith.launch.sweeping.plan import SweepPlan
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError
-from tunesmith.train.files.run_folder import OURS
+from tunesmith.train.files.run_folder import HIDDEN_PREFIX
 
 LAUNCH = Path(__file__).absolute().parents[1]
 # Of the process that starts the sweep: a trial is no rank of it.
@@ -64,7 +64,7 @@ class Slots(Protocol):
 
 def is_busy(folder: Path) -> bool:
     """Whether a training still writes to a run folder: one whose driver was killed saves and ends by itself."""
-    lock = folder / f"{OURS}lock"
+    lock = folder / f"{HIDDEN_PREFIX}lock"
     if not lock.is_file():
         return False
     try:

@@ -177,5 +177,7 @@ class SubmititSlots(Slots):
             executor.update_parameters(**self._settings)
             job = executor.submit(TrialJob(overrides, plan.config_dir, plan.log(number), stop_file, ranks, device))
         except Exception as error:  # of submitit or SLURM: the trial has failed, the sweep goes on
-            raise TrainingError(f"submitit has not taken the job: {str(error).splitlines()[0]}") from None
+            raise TrainingError(
+                f"submitit has not taken the job: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            ) from None
         return SubmititTrial(job, stop_file, self._launcher)

@@ -9,7 +9,7 @@ from typing import Any
 from tunesmith.launch.cluster.job_folder import JobFolder
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED
 from tunesmith.train.files.rows import read_rows
-from tunesmith.train.files.run_folder import is_finished
+from tunesmith.train.files.run_folder import SUMMARY, is_finished
 from tunesmith.train.redact import redact_text
 
 LOG_TAIL_BYTES = 20_000
@@ -34,7 +34,7 @@ class TrialOutcome:
 
 def outcome_of(folder: Path, log: Path, code: int | None, metrics: list[str]) -> TrialOutcome:
     """code: the exit code of the training; None where a scheduler has it."""
-    summary = _json(folder / "summary.json")
+    summary = _json(folder / SUMMARY)
     figures = figures_of(summary)
     if is_finished(folder) and code in (0, None):
         missing = [metric for metric in metrics if metric not in figures]

@@ -147,10 +147,10 @@ def test_a_hostile_override_is_refused(form: str, target: str, canary: Path) -> 
     ],
 )
 def test_hydra_resolvers_and_deepspeed_run_nothing_that_a_user_names(override: str, message: str, canary: Path) -> None:
-    from tunesmith.train.zero import deepspeed_config as engine_config
+    from tunesmith.train.zero import deepspeed_config
 
     with pytest.raises(ConfigError, match=message):
-        engine_config.check(compose_config(["+exp=debug", override.format(planted=PLANTED)]).config, world_size=1)
+        deepspeed_config.check(compose_config(["+exp=debug", override.format(planted=PLANTED)]).config, world_size=1)
 
 
 @pytest.mark.parametrize(

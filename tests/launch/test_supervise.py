@@ -15,8 +15,8 @@ import pytest
 from tunesmith.launch.environment import free_port
 from tunesmith.launch.supervise import read, with_output_dir
 from tunesmith.launch.training_process import TrainingExit
-from tunesmith.train.checkpoint.step_folders import newest_checkpoint
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.files.step_folders import newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

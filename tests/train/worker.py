@@ -64,12 +64,12 @@ class Recorder(Reporter):
 
 
 class ScriptedObjective:
-    """A loop's objective, whose evaluations give the losses of a script; all else is real."""
+    """A loop's objective, whose evaluations give the figures of a script; all else is real."""
 
-    def __init__(self, loop: Loop, losses: list[float]) -> None:
+    def __init__(self, loop: Loop, script: list[float], figure: str = "loss") -> None:
         self._loop = loop
         self._objective = loop.objective
-        self._losses = iter(losses)
+        self._script, self._figure = iter(script), figure
         self.evaluated_at: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -77,7 +77,7 @@ class ScriptedObjective:
 
     def metrics(self, totals: Any) -> dict[str, float]:
         self.evaluated_at.append(self._loop.session.state.step)
-        return self._objective.metrics(totals) | {"loss": next(self._losses)}
+        return self._objective.metrics(totals) | {self._figure: next(self._script)}
 
 
 class Rank:
@@ -111,8 +111,9 @@ class Rank:
         tokenizer = load_tokenizer(config.model, config.data)
         objective = make_objective(config, tokenizer)
         data = prepare(config, tokenizer, objective, show_progress=False)
-        kernels = choose_kernels(config, self.device)
-        return make_run(config, self.world, self.device, folder, tokenizer, objective, data, kernels, reporter)
+        parts: dict[str, Any] = {"tokenizer": tokenizer, "objective": objective, "data": data}
+        parts |= {"kernels": choose_kernels(config, self.device), "reporter": reporter}
+        return make_run(config, self.world, self.device, folder, **parts)
 
     @contextlib.contextmanager
     def faults(self, loop: Loop, text: str) -> Iterator[None]:

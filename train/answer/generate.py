@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from tunesmith.train.answer.evaluate import rank_batches
+from tunesmith.train.data.order import rank_batches
 from tunesmith.train.data.prepare import Question
 from tunesmith.train.ranks.distributed import World, gather_floats
 from tunesmith.train.zero.sharding import is_split

@@ -27,13 +27,13 @@ from tunesmith.train.checkpoint import conversion
 from tunesmith.train.checkpoint.find import FoundCheckpoint, make_way, set_aside_after
 from tunesmith.train.checkpoint.publish import point_to, prune, publish
 from tunesmith.train.checkpoint.random_state import load_random_state, random_state_files, seed_rank
-from tunesmith.train.checkpoint.step_folders import FOLDER, published, step_folder, step_of
 from tunesmith.train.config.config import CheckpointConfig
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files import durable
 from tunesmith.train.files.background_writer import RankFiles
 from tunesmith.train.files.fence import Superseded, fence
 from tunesmith.train.files.manifest import Identity
+from tunesmith.train.files.step_folders import FOLDER, published, step_folder, step_of
 from tunesmith.train.ranks.distributed import World, broadcast_text, first_problem
 from tunesmith.train.ranks.state import RunState
 from tunesmith.train.ranks.step_vote import StepConsensus

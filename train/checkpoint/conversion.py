@@ -19,14 +19,14 @@ import torch
 
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files import manifest
-from tunesmith.train.files.durable import OURS, digest_of
+from tunesmith.train.files.durable import HIDDEN_PREFIX, digest_of
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import reach
-from tunesmith.train.zero import shards as engine_shards
+from tunesmith.train.zero import shards
 
-PREFIX = f"{OURS}universal-"
+PREFIX = f"{HIDDEN_PREFIX}universal-"
 POLL_SECONDS = 2.0  # between two agreements of the ranks: none waits in a collective for as long as a conversion takes
 RUNNING, DONE, FAILED = 0.0, 1.0, 2.0
 
@@ -97,7 +97,7 @@ def start(checkpoint: Path, engine_folder: Path, run_dir: Path, world: World) ->
     if world.rank != 0:
         return Conversion(checkpoint, target, None)
     forget(run_dir, keep=target)
-    command = [sys.executable, "-P", "-m", engine_shards.__name__, str(engine_folder), str(target)]
+    command = [sys.executable, "-P", "-m", shards.__name__, str(engine_folder), str(target)]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -107,5 +107,5 @@ def start(checkpoint: Path, engine_folder: Path, run_dir: Path, world: World) ->
 def forget(run_dir: Path, *, keep: Path | None = None) -> None:
     """Removes conversions, and what an interrupted one left behind; not what another process works on. Rank 0 only."""
     for folder in run_dir.glob(f"{PREFIX}*"):
-        if folder != keep and not engine_shards.is_at_work(folder):
+        if folder != keep and not shards.is_at_work(folder):
             shutil.rmtree(folder, ignore_errors=True)

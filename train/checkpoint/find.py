@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from tunesmith.train.checkpoint.step_folders import FOLDER, STALE, STEP_FOLDER, published, step_of
 from tunesmith.train.config.config import ResumeConfig
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files import durable, manifest
 from tunesmith.train.files.manifest import Manifest, ManifestError, OtherFormat
+from tunesmith.train.files.step_folders import FOLDER, STALE, STEP_FOLDER, published, step_of
 from tunesmith.train.ranks.distributed import World, broadcast_text, first_problem
 
 OWNER = "owner"  # in resume.allow

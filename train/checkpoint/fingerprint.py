@@ -16,7 +16,7 @@ from tunesmith.train.data.prepare import PreparedData
 from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.files.manifest import Identity, plain
 from tunesmith.train.ranks.distributed import World, sum_over_ranks
-from tunesmith.train.zero import universal as engine_universal
+from tunesmith.train.zero import universal
 from tunesmith.train.zero.sharding import full_shape, own_part
 
 BASE_WEIGHTS = "base_weights"
@@ -44,7 +44,7 @@ def identity(config: Config, world: World, data: PreparedData) -> Identity:
         fingerprint=plain({name: value for name, value in values.items() if name not in FREE | NOTED}),
         noted=plain({name: values[name] for name in sorted(NOTED)}),
         world_size=world.world_size,
-        layout=plain(engine_universal.layout(config, world.world_size)),
+        layout=plain(universal.layout(config, world.world_size)),
     )
 
 

@@ -6,12 +6,12 @@ import secrets
 import time
 from pathlib import Path
 
-from tunesmith.train.checkpoint.step_folders import published, step_of
 from tunesmith.train.config.config import CheckpointConfig
 from tunesmith.train.files import durable, manifest
 from tunesmith.train.files.background_writer import list_name
 from tunesmith.train.files.durable import FileDigest
 from tunesmith.train.files.manifest import Identity, Manifest
+from tunesmith.train.files.step_folders import published, step_of
 
 VISIBLE_SECONDS = 120.0  # a network file system may show another rank's file that much later (OLMo-core waits as long)
 LATEST = "latest.json"

@@ -15,7 +15,7 @@ from tunesmith.train.config.schema.checks import check_no_empty_text
 from tunesmith.train.config.schema.cluster import ClusterConfig, ClusterKind, ContainerRuntime, Device
 from tunesmith.train.config.schema.data import DataConfig, Truncate
 from tunesmith.train.config.schema.engine import EngineConfig, Offload, Precision
-from tunesmith.train.config.schema.evaluate import EvaluateConfig, MetricGoal
+from tunesmith.train.config.schema.evaluate import EvaluateConfig
 from tunesmith.train.config.schema.model import Attention, ModelConfig
 from tunesmith.train.config.schema.objective import ObjectiveConfig, Targets
 from tunesmith.train.config.schema.optimizer import OnSpike, OptimizerConfig
@@ -40,7 +40,6 @@ __all__ = [
     "EngineConfig",
     "EvaluateConfig",
     "Kernels",
-    "MetricGoal",
     "ModelConfig",
     "ObjectiveConfig",
     "Offload",

@@ -50,7 +50,6 @@ PEERS = {  # how transformers, TRL, DeepSpeed, torchtune, Axolotl and LLaMA-Fact
     "evaluate.every_steps": "eval_steps eval_every eval_interval val_check_interval run_eval_every_n_steps",
     "evaluate.batch_size": "per_device_eval_batch_size eval_batch_size val_batch_size",
     "evaluate.metric": "metric_for_best_model best_metric monitor",
-    "evaluate.metric_goal": "greater_is_better",
     "evaluate.patience": "early_stopping_patience",
     "evaluate.max_records": "max_eval_samples",
     "track": "report_to logger",

@@ -8,6 +8,8 @@ import numpy as np
 
 from tunesmith.train.data.records import Record
 
+RESERVED = {"weights", "example"}  # columns that a batch has by itself
+
 
 @dataclass(frozen=True)
 class Example:
@@ -24,6 +26,11 @@ class Example:
     part_starts: tuple[int, ...] = (0,)  # where the parts begin
     is_straddled: bool = False  # tokenised as a whole, other ids would have come before an answer than a server sends
 
+    def __post_init__(self) -> None:
+        lengths = {len(self.input_ids), len(self.weights), *map(len, self.columns.values())}
+        if len(lengths) > 1 or self.columns.keys() & RESERVED:
+            raise ValueError(f"{self.place}: columns {[*self.columns]} of {sorted(lengths)} tokens are no example.")
+
 
 class MakesExamples(Protocol):
     """The part of an objective that preparing the data needs."""
@@ -32,4 +39,4 @@ class MakesExamples(Protocol):
         """The examples of each record; of many records at once, which tokenisers like. Raises DataError."""
 
     def cache_key(self) -> dict[str, Any]:
-        """What the examples depend on besides the records and the tokenizer, for JSON."""
+        """What the examples depend on besides records, tokenizer, kind and objective.targets, for JSON."""

@@ -5,6 +5,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from tunesmith.train.ranks.distributed import World
+
 EMPTY_SEQUENCE = -1
 MEGABATCH = 50  # global batches whose sequences are sorted by length together, as in transformers' LengthGroupedSampler
 
@@ -109,3 +111,13 @@ def split_global_batch(
         ids = sorted(ids, key=lambda id_: (-int(lengths[id_]) if id_ >= 0 else 0, id_))
     micro_batches = [ids[i : i + micro_batch_size] for i in range(0, len(ids), micro_batch_size)]
     return micro_batches[rank::world_size]
+
+
+def rank_batches(num_items: int, batch_size: int, world: World) -> list[list[int]]:
+    """This rank's batches of item numbers, as many as on every other rank; -1 stands for no item."""
+    stride = batch_size * world.world_size
+    batches = []
+    for start in range(0, num_items, stride):
+        first = start + world.rank * batch_size
+        batches.append([i if i < num_items else -1 for i in range(first, first + batch_size)])
+    return batches

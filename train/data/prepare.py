@@ -86,10 +86,12 @@ def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, objective: M
         "validation_fraction": config.data.validation_fraction,
         "split_seed": config.seed if config.data.validation_fraction else None,
         "truncate": config.data.truncate,
-        **objective.cache_key(),
+        "targets": config.objective.targets,
         "sequence_length": config.batch.sequence_length,
         "packing": config.batch.packing,
     }
+    if config.objective.kind != "sft":  # whose keys are as old as the cache
+        parts["objective"] = [config.objective.kind, objective.cache_key()]
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 
@@ -173,7 +175,7 @@ class _SplitBuilder:
             self.num_rows += 1
             self.num_expanded += len(examples) > 1
             kept = [self._add(example) for example in examples]
-            if kept[-1]:
+            if kept and kept[-1]:
                 self._add_question(record, target_turns(record, targets)[-1], examples[-1])
 
     def _add(self, example: Example) -> bool:
@@ -187,7 +189,9 @@ class _SplitBuilder:
                 return False
             example = self._truncated(example)
             self.num_truncated += 1
-        if not example.weights[1:].any():
+        targets = example.weights != 0
+        targets[list(example.part_starts)] = False  # nothing before a part's first token predicts it
+        if not targets.any():
             raise DataError(f"{example.place}: no target token is left.", do="write a longer prompt or answer.")
         self.num_straddling += example.is_straddled
         self.examples.append(example)

@@ -41,7 +41,7 @@ class Batch:
     labels: Tensor  # [B, S] int64: the next token of the same part, or IGNORE_INDEX
     columns: dict[str, Tensor]
     target_rows: Tensor  # [N] int64: flat indices b * S + s of the labels that count
-    num_examples: int
+    num_examples: int  # as all counts, known without waiting for the device: what a loss may be divided by
     num_target_tokens: int  # labels that count
     target_weight: float  # sum of weights
     num_tokens: int  # tokens that are not padding
@@ -208,6 +208,7 @@ def write_store(folder: Path, examples: list[Example], *, sequence_length: int, 
     np.save(folder / "sequences.npy", np.concatenate([[0], np.cumsum([len(members) for members in bins])]))
     if len(part_starts) > len(ordered):
         np.save(folder / "parts.npy", part_starts)
+    assert all(example.columns.keys() == ordered[0].columns.keys() for example in ordered), "examples of other columns"
     for name in ordered[0].columns:
         (folder / "columns").mkdir(exist_ok=True)
         np.save(folder / "columns" / f"{name}.npy", np.concatenate([example.columns[name] for example in ordered]))

@@ -18,7 +18,7 @@ from tunesmith.train.ranks.progress import progress
 
 BUFFER_BYTES = 1 << 20  # torch.save writes a header and padding for each tensor; larger writes go past the buffer
 COMMITS = ("rename", "mkdir", "unlink")  # what only the newest attempt at a run may do (fence.py)
-OURS = ".tunesmith-"  # start of the names that make no run folder look used (run_folder.py)
+HIDDEN_PREFIX = ".tunesmith-"  # start of the names that make no run folder look used (run_folder.py)
 FILE_MODE, FOLDER_MODE = 0o644, 0o755  # whatever the umask allows: a checkpoint that others may write is refused later
 before_commit: list[Callable[[], None]] = []  # fence.check(), in a process that knows of a fence
 
@@ -124,7 +124,7 @@ def write_bytes(path: Path, data: bytes) -> FileDigest:
 def write_atomically(path: Path, content: bytes) -> None:
     """A file that is the old one or the new one at any moment. Raises OSError, and Superseded (fence.py)."""
     check_commit()  # nothing is left behind by an attempt that has lost the folder
-    staged = path.with_name(f"{OURS}{path.name}.staged")
+    staged = path.with_name(f"{HIDDEN_PREFIX}{path.name}.staged")
     write_bytes(staged, content)
     replace(staged, path)
 

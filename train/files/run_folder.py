@@ -11,7 +11,8 @@ from filelock import FileLock, Timeout
 
 from tunesmith.train.config.config import Config
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.files.durable import OURS, write_atomically
+from tunesmith.train.files import step_folders
+from tunesmith.train.files.durable import HIDDEN_PREFIX, write_atomically
 from tunesmith.train.files.fence import Token, supersedes
 
 MODEL = "model"  # what the run leaves behind
@@ -59,12 +60,12 @@ def check_usable(folder: Path, resume: str) -> None:
 
 
 def _says_nothing(name: str) -> bool:
-    return name.startswith(OURS) or name == JOB
+    return name.startswith(HIDDEN_PREFIX) or name == JOB
 
 
 def _has_results(folder: Path) -> bool:
     """Whether a run has left more than its first minutes: one that died before its first save may start once more."""
-    saved = [path for path in (folder / "checkpoints").glob("step-*") if ".tmp-" not in path.name]
+    saved = [path for path in (folder / step_folders.FOLDER).glob("step-*") if ".tmp-" not in path.name]
     return bool(saved) or (folder / MODEL).exists()
 
 
@@ -109,7 +110,7 @@ def hold(folder: Path, token: Token | None = None) -> FileLock:
     token: of this attempt. An earlier attempt of the same job may still run on a node that is cut off, with the lock:
     its lock file is removed, and the fence keeps it from writing.
     """
-    path = folder / f"{OURS}lock"
+    path = folder / f"{HIDDEN_PREFIX}lock"
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -144,7 +145,7 @@ def check_writable(folder: Path, needed_bytes: int = SPARE_BYTES) -> None:
     if not parent.is_dir():
         raise ConfigError(f"{parent} is a file.", at="output_dir", do="choose another output_dir.")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=OURS, dir=parent))
+        os.rmdir(tempfile.mkdtemp(prefix=HIDDEN_PREFIX, dir=parent))
     except OSError as error:
         raise ConfigError(
             f"the run folder cannot be made in {parent}: {error.strerror}.",

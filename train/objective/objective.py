@@ -9,11 +9,11 @@ The loss of a step is one sum over all batches of all ranks, divided by one deno
 before the first forward. So it does not depend on how a global batch is split into ranks and micro batches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -29,6 +29,7 @@ from tunesmith.train.model.scorer import Scorer
 
 FOLDER = Path(__file__).parent
 T = TypeVar("T")
+Goal = Literal["min", "max"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Objective(MakesExamples, Protocol):
     examples() and cache_key() are train/data/example.py's.
     """
 
-    figures: Sequence[str]  # what metrics() gives of an evaluation's totals; evaluate.metric is eval/<one of them>
+    figures: Mapping[str, Goal]  # of an evaluation, by name, and which way is better; evaluate.metric is eval/<name>
 
     def denominator(self, batch: Batch) -> float:
         """A batch's part of what the step's loss is divided by: target weight, pairs, ..."""
@@ -61,13 +62,10 @@ class Objective(MakesExamples, Protocol):
         """Figures from totals that are summed over batches and ranks: never means of means."""
 
 
-def add_up(totals: Sequence[Mapping[str, Tensor | float]], names: list[str], device: torch.device) -> Tensor:
-    """The totals of some batches summed, float64, [len(names)], on the device. Waits for nothing."""
-    added = torch.zeros(len(names), dtype=torch.float64, device=device)
-    for row in totals:
-        for index, name in enumerate(names):
-            added[index] += row[name]
-    return added
+def add_to(added: dict[str, Tensor], totals: Mapping[str, Tensor | float], device: torch.device) -> None:
+    """Adds the totals of a batch to those of the batches before it, float64, on the device. Waits for nothing."""
+    for name, value in totals.items():
+        added.setdefault(name, torch.zeros((), dtype=torch.float64, device=device)).add_(value)
 
 
 _KINDS: dict[str, Any] = {}  # kind -> class

@@ -16,19 +16,19 @@ from tunesmith.train.data.records import Record
 from tunesmith.train.data.render import Renderer
 from tunesmith.train.data.store import Batch
 from tunesmith.train.model.scorer import Scorer
-from tunesmith.train.objective.objective import Sums, objective, read_settings
+from tunesmith.train.objective.objective import Goal, Sums, objective, read_settings
 
 
 @dataclass
 class Settings:
-    """None: which turns are learned is objective.targets, which every objective follows."""
+    """None: which turns are learned is objective.targets, which prepare() follows for the questions too."""
 
 
 @objective("sft")
 class Sft:
     """Token-weighted loss (nats); evaluated also as perplexity and token accuracy."""
 
-    figures = ("loss", "perplexity", "token_accuracy")
+    figures: Mapping[str, Goal] = {"loss": "min", "perplexity": "min", "token_accuracy": "max"}
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         read_settings(Settings, config)
@@ -43,7 +43,7 @@ class Sft:
         ]
 
     def cache_key(self) -> dict[str, Any]:
-        return {"targets": self._targets}
+        return {}  # targets are in the key for every objective
 
     def denominator(self, batch: Batch) -> float:
         return batch.target_weight

@@ -29,7 +29,8 @@ class RunState:
     skipped_steps: int = 0
     skipped_in_row: int = 0
     best_step: int | None = None
-    best_metric: float | None = None  # what evaluate.metric was there
+    best_metric: float | None = None  # the figure of best_name there
+    best_name: str = "eval/loss"  # what evaluate.metric was
     evaluations_without_better: int = 0
     evaluated_step: int | None = None  # of the last evaluation, and what it gave
     evaluation: dict[str, float] = field(default_factory=dict)

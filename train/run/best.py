@@ -5,7 +5,6 @@ from pathlib import Path
 
 from tunesmith.train.answer import export
 from tunesmith.train.answer.evaluate import evaluate
-from tunesmith.train.config.config import MetricGoal
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files.run_folder import best_folder
 from tunesmith.train.ranks.phases import Phase
@@ -31,7 +30,7 @@ def measure(run: Run, session: Session, stop: AgreedStop) -> dict[str, float]:
 def keep_if_better(run: Run, session: Session, metrics: dict[str, float]) -> None:
     """Writes the live weights down if they are the best so far; else counts towards evaluate.patience."""
     state, settings = session.state, run.config.evaluate
-    sign = 1.0 if settings.metric_goal is MetricGoal.min else -1.0
+    sign = 1.0 if run.objective.figures[settings.metric.removeprefix("eval/")] == "min" else -1.0
     value = metrics[settings.metric]
     if not sign * value < (math.inf if state.best_metric is None else sign * state.best_metric):
         state.evaluations_without_better += 1

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.train.answer import export
-from tunesmith.train.answer.evaluate import answer_metrics, same_answer
 from tunesmith.train.answer.generate import answers
+from tunesmith.train.answer.scores import answer_metrics, same_answer
 from tunesmith.train.checkpoint import conversion
 from tunesmith.train.data.render import stop_token_ids
 from tunesmith.train.data.template import visible_answer
@@ -54,7 +54,7 @@ def _answer_questions(run: Run, session: Session, stop: AgreedStop) -> dict[str,
         run.reporter.phase(Phase.generating, words=f"generating answers {done}/{total}")
         stop.end_if_asked()
 
-    reach(Phase.generating, step)
+    run.reporter.phase(Phase.generating, step)
     found = answers(
         session.engine.module,
         questions,

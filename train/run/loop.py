@@ -10,7 +10,7 @@ import torch
 from tunesmith.train.data.store import Batch
 from tunesmith.train.engine import Engine
 from tunesmith.train.errors import Stopped, TrainingError
-from tunesmith.train.objective.objective import Objective, add_up
+from tunesmith.train.objective.objective import Objective, add_to
 from tunesmith.train.ranks.distributed import sum_over_ranks
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import progress, reach
@@ -55,7 +55,7 @@ def optimizer_step(
     model = engine.scorer.over(counts[0].float())
     loss = torch.zeros((), device=engine.device, dtype=torch.float64)
     losses: list[torch.Tensor] = []
-    totals: list[dict[str, torch.Tensor | float]] = []
+    totals: dict[str, torch.Tensor] = {}
     for batch in batches:
         with busy.forward():
             reach(Phase.forward)
@@ -64,13 +64,12 @@ def optimizer_step(
         engine.backward(sums.loss)
         losses.append(sums.loss.detach())
         loss += losses[-1]
-        totals.append(dict(sums.totals))
+        add_to(totals, sums.totals, engine.device)
     reach(Phase.update)
     before_update()
     update = engine.step()
-    names = list(totals[0])
     row = torch.tensor(vote().row(engine.world), dtype=torch.float64).to(engine.device)
-    sums_here = torch.cat([loss[None], add_up(totals, names, engine.device), row])
+    sums_here = torch.cat([torch.stack([loss, *totals.values()]), row])
     _, target_tokens, tokens, mean, *said = torch.cat([counts, sum_over_ranks(sums_here)]).tolist()
     busy.finish()
     return Step(
@@ -79,9 +78,9 @@ def optimizer_step(
         applied=update.applied,
         tokens=int(tokens),
         target_tokens=int(target_tokens),
-        consensus=StepConsensus.of(said[len(names) :]),
+        consensus=StepConsensus.of(said[len(totals) :]),
         not_finite=() if update.applied else losses_not_finite(losses),
-        metrics=objective.metrics(dict(zip(names, said, strict=False))) if names else {},
+        metrics=objective.metrics(dict(zip(totals, said, strict=False))) if totals else {},
     )
 
 
@@ -152,6 +151,8 @@ class Loop:
         """Lets go of the weights, so that another engine can be made in this process; nothing else may be called."""
         self.session.engine.close()
         del self.guards, self.objective
+        if progress.plan is not None:
+            progress.plan.weights = None
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -185,6 +186,7 @@ class Loop:
         state = self.session.state
         state.step += 1
         state.skipped_steps += 1
+        reach(Phase.reading_data, state.step)
         self.guards.bad_steps.passed_over(state.step)
 
     def _optimizer_step(self) -> Step:

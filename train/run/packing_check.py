@@ -1,4 +1,4 @@
-"""Before a run packs: the live model is asked whether records of one sequence really do not see each other.
+"""Before a run packs: the live model is asked whether parts of one sequence really do not see each other.
 
 Each model of transformers builds its own attention mask, and some leave position_ids out of it (gpt-oss in 5.23:
 https://github.com/huggingface/transformers/pull/39997); flash_attention_2 reads them only in forwards of one sequence.
@@ -7,7 +7,7 @@ Nothing fails then, and every record but the first is learned with a stranger's 
 
 import torch
 
-from tunesmith.train.config.config import Config, Packing, Precision
+from tunesmith.train.config.config import Config, Precision
 from tunesmith.train.engine import Engine
 from tunesmith.train.errors import ModelError
 from tunesmith.train.ranks.distributed import all_ranks
@@ -20,8 +20,6 @@ TOLERANCE = {Precision.fp32: 1e-3, Precision.bf16: 0.1, Precision.fp16: 0.1}
 
 def check_packing(engine: Engine, config: Config, *, evaluates: bool) -> None:
     """Raises ModelError when a packed record has other logits than alone. Every rank calls it, before training."""
-    if config.batch.packing is Packing.none:
-        return
     sizes = {config.batch.micro_batch_size} | ({config.evaluate.batch_size} if evaluates else set())
     for num_sequences in sorted(sizes):
         difference = packing_difference(engine, num_sequences)
@@ -32,7 +30,7 @@ def check_packing(engine: Engine, config: Config, *, evaluates: bool) -> None:
             f"{config.model.name_or_path} with {attention} attention lets packed records see each other: their logits "
             f"are {difference:.0%} off in forwards of {num_sequences} sequences.",
             at="batch.packing",
-            do="set batch.packing=none, or try another model.attention.",
+            do="try another model.attention, or set batch.packing=none where no answers are compared.",
         )
 
 

@@ -8,7 +8,6 @@ from tunesmith.train.data.store import Batch
 from tunesmith.train.model.scorer import Scorer
 from tunesmith.train.objective.objective import Objective, Sums
 from tunesmith.train.ranks.fault_plan import FaultPlan
-from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import progress
 from tunesmith.train.zero.sharding import local_part
 
@@ -25,8 +24,6 @@ class SpoiledObjective:
 
     def sums(self, model: Scorer, batch: Batch) -> Sums:
         sums = self._objective.sums(model, batch)
-        if progress.phase is not Phase.forward:  # an evaluation
-            return sums
         return Sums(sums.loss * self._plan.loss_factor(progress.step), sums.totals)
 
 

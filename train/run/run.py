@@ -27,7 +27,7 @@ from tunesmith.train.watch.failure import failed_summary
 from tunesmith.train.watch.out_of_memory import explained
 from tunesmith.train.watch.timeouts import Timeouts
 from tunesmith.train.watch.watchdog import Watchdog
-from tunesmith.train.zero import deepspeed_config as engine_config
+from tunesmith.train.zero import deepspeed_config
 
 
 def run(composed: Composed) -> Path:
@@ -37,7 +37,7 @@ def run(composed: Composed) -> Path:
     config = composed.config
     world = distributed.world_from_environment()
     node_checks.check_launch(config, world)
-    engine_config.check(config, world.world_size)
+    deepspeed_config.check(config, world.world_size)
     _make_absolute(composed)
     device = distributed.choose_device(config.cluster.device, world)
     kernels = choose_kernels(config, device)
@@ -72,8 +72,18 @@ def run(composed: Composed) -> Path:
         from tunesmith.train.run.setup import make_run
         from tunesmith.train.run.training import train
 
-        parts = (tokenizer, objective, data, kernels, reporter)
-        train(composed, make_run(config, world, device, run_dir, *parts), watchdog, nodes)
+        made = make_run(
+            config,
+            world,
+            device,
+            run_dir,
+            tokenizer=tokenizer,
+            objective=objective,
+            data=data,
+            kernels=kernels,
+            reporter=reporter,
+        )
+        train(composed, made, watchdog, nodes)
         watchdog.leave()
     except Exception as error:
         if watchdog is None:

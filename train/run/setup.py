@@ -75,6 +75,7 @@ def make_run(
     world: World,
     device: torch.device,
     run_dir: Path,
+    *,
     tokenizer: Any,
     objective: Objective,
     data: PreparedData,
@@ -125,6 +126,9 @@ def open_session(run: Run) -> Session:
     folder = converted.wait(device, minutes=config.cluster.start_timeout_minutes) if converted else None
     state = checkpoints.load(engine, found, converted=folder, seed=config.seed) if found else RunState()
     rollback.add_decided(state, run.run_dir, world, device)
+    if state.best_name != config.evaluate.metric:  # the best by another figure says nothing
+        state.best_step, state.best_metric, state.evaluations_without_better = None, None, 0
+        state.best_name = config.evaluate.metric
     if state.best_step is not None and not best_folder(run.run_dir, state.best_step).is_dir():
         state.best_step = state.best_metric = None  # of another run, whose best weights are not here
     return Session(engine, checkpoints, state, size, throughput, found.path if found else None)
@@ -143,8 +147,9 @@ def _make_engine(model: nn.Module, run: Run) -> Engine:
     barrier()
     engine = Engine(model, config, world, device, run.kernels, reporter.warn)
     use_timeout(Timeouts.of(config.cluster).of_process_group / 60)  # the groups DeepSpeed made have torch's own
-    if run.data.train.is_isolated:
-        check_packing(engine, config, evaluates=run.data.validation is not None)
+    validation = run.data.validation
+    if run.data.train.is_isolated or (validation is not None and validation.is_isolated):
+        check_packing(engine, config, evaluates=validation is not None)
     return engine
 
 

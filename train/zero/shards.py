@@ -243,7 +243,7 @@ def _write(shards: Shards, folder: Path) -> dict[str, Any]:
     """Every file but the index, which it returns."""
     parameters, digests, parent = dict[str, Any](), dict[str, str](), os.getppid()
     for number, parameter in enumerate(shards.parameters()):
-        reach(Phase.converting, number)
+        reach(Phase.converting, number)  # this process does no steps: a fault is planned by the parameter
         if os.getppid() != parent:
             raise ValueError("the run that asked for it has ended")
         _check_whole(parameter)

@@ -162,7 +162,7 @@ PATTERNS = {
     "class A:\n    run: Run\n    def g(self): self.run.config.batch.packing\nclass Run:\n    config: Config": True,
     "def load() -> Config: ...\ndef f(): return load().batch.packing": True,
     "def f(config): return config.batch.packing": False,  # nothing says whose config it is
-    "def f(batch: MicroBatch): return batch.packing": False,
+    "def f(batch: Batch): return batch.packing": False,
     "def f(config: Config): config.batch.packing = 1": False,  # written, not read
     "def f(config: Config):\n    b = config.batch\n    b = other()\n    return b.packing": False,
     "def f(config: Config): return config.data.packing": False,

@@ -6,11 +6,11 @@ import threading
 import pytest
 
 from tunesmith.train.checkpoint import find as checkpoint_find
-from tunesmith.train.checkpoint.step_folders import step_folder
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import durable, fence, rows, run_folder
 from tunesmith.train.files.fence import Fence, Superseded, Token, supersedes, token_from_environment, token_in
 from tunesmith.train.files.run_folder import check_usable
+from tunesmith.train.files.step_folders import step_folder
 
 OLD, NEW, OTHER = Token("job 7 of c", 0), Token("job 7 of c", 1), Token("job 8 of c", 0)
 

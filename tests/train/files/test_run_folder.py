@@ -43,8 +43,9 @@ def made(composed):
     tokenizer = load_tokenizer(config.model, config.data)
     objective = make_objective(config, tokenizer)
     data = prepare(config, tokenizer, objective, show_progress=False)
-    parts = (tokenizer, objective, data, Kernels.torch, Reporter(None))
-    return lambda folder: make_run(config, World(), torch.device("cpu"), folder, *parts)
+    parts = {"tokenizer": tokenizer, "objective": objective, "data": data}
+    parts |= {"kernels": Kernels.torch, "reporter": Reporter(None)}
+    return lambda folder: make_run(config, World(), torch.device("cpu"), folder, **parts)
 
 
 def test_the_lock_of_a_folder_that_is_there_is_taken_before_anything_in_it_is_touched(tmp_path, composed, made):

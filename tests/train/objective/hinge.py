@@ -17,7 +17,7 @@ from tunesmith.train.data.records import Record
 from tunesmith.train.data.render import Renderer
 from tunesmith.train.data.store import Batch
 from tunesmith.train.model.scorer import Scorer
-from tunesmith.train.objective.objective import Sums, objective, read_settings
+from tunesmith.train.objective.objective import Goal, Sums, objective, read_settings
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Settings:
 class Hinge:
     """The wrong answer is the right one with its words in reverse. Each pair is one example of two parts."""
 
-    figures = ("hinge", "accuracy")
+    figures: Mapping[str, Goal] = {"hinge": "min", "accuracy": "max"}
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self._settings = read_settings(Settings, config)
@@ -42,7 +42,7 @@ class Hinge:
         return [[_pair(a[-1], b[-1])] for a, b in zip(right, wrong, strict=True)]
 
     def cache_key(self) -> dict[str, Any]:
-        return {"objective": "hinge"}
+        return {}
 
     def denominator(self, batch: Batch) -> float:
         return batch.num_examples

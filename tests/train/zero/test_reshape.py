@@ -19,7 +19,7 @@ import torch
 from tunesmith.train.checkpoint import conversion
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.ranks.distributed import World
-from tunesmith.train.zero import shards as engine_shards
+from tunesmith.train.zero import shards
 
 NUM_STEPS = 12
 TOLERANCE = 1e-6
@@ -195,7 +195,7 @@ def test_another_micro_batch_needs_no_conversion(runs: Runs) -> None:
 def whole(saved: str, folder: Path) -> dict[str, Any]:
     """All that a checkpoint says of each trained parameter, down to the digests of its numbers."""
     target = Path(tempfile.mkdtemp(dir=folder)) / "whole"
-    engine_shards.convert(Path(saved) / "engine", target)
+    shards.convert(Path(saved) / "engine", target)
     index = json.loads((target / "index.json").read_text(encoding="utf-8"))
     digests = index.pop("digests")
     for parameter in index["parameters"].values():
@@ -274,7 +274,7 @@ def test_a_conversion_that_is_there_is_taken_again_and_a_damaged_one_is_not(save
     file.write_bytes(data)
     assert begin(saved, tmp_path).wait(CPU, minutes=4) == target
     assert (target / "index.json").stat().st_mtime_ns > made
-    assert engine_shards.is_whole(target)
+    assert shards.is_whole(target)
 
 
 def test_one_that_is_killed_leaves_nothing_that_is_used(
@@ -289,7 +289,7 @@ def test_one_that_is_killed_leaves_nothing_that_is_used(
     monkeypatch.delenv("TUNESMITH_FAULTS")
     target = begin(saved, tmp_path).wait(CPU, minutes=4)
     assert conversions(tmp_path) == [target]
-    assert engine_shards.is_whole(target)
+    assert shards.is_whole(target)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(saved: Path, tmp_path: Path) -> None:

@@ -1,14 +1,8 @@
 """What is measured on the validation records, and which figure says that a run is better."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from tunesmith.train.config.schema.checks import check_no_empty_text, check_not_negative, check_positive
-
-
-class MetricGoal(StrEnum):
-    min = "min"
-    max = "max"
 
 
 @dataclass(kw_only=True)
@@ -22,7 +16,6 @@ class EvaluateConfig:
     max_records: int | None = None  # validation records answered; null: all
     num_samples: int = 8  # answers shown in the report and in W&B
     metric: str = "eval/loss"  # the figure that decides which weights are best; patience follows it too
-    metric_goal: MetricGoal = MetricGoal.min  # whether that figure is better when it is lower (min) or higher (max)
     patience: int | None = None  # evaluations without a better evaluate.metric before the run stops early; null: never
 
     def __post_init__(self) -> None:

@@ -55,7 +55,8 @@ class BadSteps:
         """Step `number`, counted from 1, had a loss or gradient that is not finite."""
         records = self._records(number)
         losses = [
-            {"rank": rank, "micro_batch": index, "records": records[rank][index]} for rank, index in step.not_finite
+            {"rank": rank, "micro_batch": index, "records": records[rank][index] if records[rank] else []}
+            for rank, index in step.not_finite
         ]
         row: dict[str, Any] = {"reason": "not finite", "loss": finite(step.loss), "grad_norm": finite(step.grad_norm)}
         if losses:
@@ -76,7 +77,11 @@ class BadSteps:
 
     def _records(self, number: int) -> list[list[list[str]]]:
         """Where the records of a step came from, file.jsonl:12: of each rank, and of each of its micro batches."""
-        return [json.loads(text) for text in gather_texts(json.dumps(self.feed.names(number - 1)), self.device)]
+        try:
+            mine = self.feed.names(number - 1)
+        except OSError:  # the other ranks wait for an answer
+            mine = []
+        return [json.loads(text) for text in gather_texts(json.dumps(mine), self.device)]
 
     def _write(self, row: dict[str, Any]) -> None:
         if not self.writes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.train.checkpoint.step_folders import newest_checkpoint
+from tunesmith.train.files.step_folders import newest_checkpoint
 
 
 def test_a_checkpoint_without_its_manifest_is_no_progress(tmp_path: Path) -> None:
