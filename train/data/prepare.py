@@ -1,6 +1,7 @@
 """Records -> packed token stores, once for each combination of what they depend on, before any process group exists."""
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -91,7 +92,8 @@ def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, objective: M
         "packing": config.batch.packing,
     }
     if config.objective.kind != "sft":  # whose keys are as old as the cache
-        parts["objective"] = [config.objective.kind, objective.cache_key()]
+        source = Path(inspect.getfile(type(objective))).read_bytes()  # other code may make other examples
+        parts["objective"] = [config.objective.kind, objective.cache_key(), hashlib.sha256(source).hexdigest()]
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 

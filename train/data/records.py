@@ -12,8 +12,9 @@ from tunesmith.train.data.sources import Source, find_sources
 from tunesmith.train.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-REQUIRED = {"completion": ("prompt", "completion"), "messages": ("messages",)}
-FIELDS = {"completion": ("prompt", "completion"), "messages": ("messages", "tools")}
+# A form of rows -> its fields; the first form of which a row has a field is that of its file.
+REQUIRED = {"messages": ("messages",), "completion": ("prompt", "completion")}
+FIELDS = {"messages": ("messages", "tools"), "completion": ("prompt", "completion")}
 # Fields of other formats: ignoring one of these would train on something else than what the author of the file meant.
 FOREIGN_FIELDS = frozenset(
     {"system", "instruction", "input", "output", "response", "question", "answer", "context", "history", "text"}
@@ -95,7 +96,8 @@ def _rows(source: Source) -> Iterator[tuple[str, Any]]:
     """(place, row) of each row; a RowError in place of a row that is not JSON. Blank lines are passed over."""
     if source.path is None:
         for number, row in enumerate(source.rows()):
-            names = FIELDS["messages" if row.get("messages") is not None else "completion"]  # other columns are many
+            given = [form for form, names in REQUIRED.items() if any(row.get(name) is not None for name in names)]
+            names = FIELDS[given[0]] if given else ()  # other columns are many
             yield f"{source.name}:{number}", {name: row[name] for name in names if row.get(name) is not None} or row
         return
     for number, line in enumerate(source.lines(), start=1):
@@ -124,27 +126,26 @@ def _not_json(line: bytes, error: orjson.JSONDecodeError) -> RowError:
 
 
 def _form(row: Any) -> str:
-    """ "messages" or "completion", by the fields of a file's first row."""
+    """One of FIELDS, by the fields of a file's first row."""
     _check_object(row)
-    if "messages" in row:
-        return "messages"
-    if "prompt" in row or "completion" in row:
-        return "completion"
+    for form, required in REQUIRED.items():
+        if any(name in row for name in required):
+            return form
     names = [name for names in FIELDS.values() for name in names]
     for name in row:
         if close := get_close_matches(name.lower(), names, n=1, cutoff=0.7):
             raise RowError(name, f"unknown field; did you mean {close[0]!r}?", f"rename it to {close[0]!r}.")
     raise RowError(
         "",
-        f"neither messages nor prompt and completion, but {_names(row)}",
+        f"neither {' nor '.join(' and '.join(names) for names in REQUIRED.values())}, but {_names(row)}",
         "give {prompt, completion} or {messages: [...]} rows.",
     )
 
 
 def _parse(row: Any, form: str, place: str) -> Record:
     _check_object(row)
-    other = next(name for name in FIELDS if name != form)
-    if any(name in row for name in FIELDS[other]) and not all(name in row for name in FIELDS[form][:1]):
+    other = next((name for name in FIELDS if name != form and any(key in row for key in FIELDS[name])), None)
+    if other and FIELDS[form][0] not in row:
         raise RowError(
             FIELDS[other][0],
             f"this file's rows have {' and '.join(REQUIRED[form])}, this one has {_names(row)}",
