@@ -15,8 +15,6 @@ import torch
 
 TINY = Path(__file__).parents[1] / "conf/model/tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-
 TORTURE_TABLE = Path(__file__).parent / "torture/table.py"
 
 

@@ -57,7 +57,7 @@ def test_a_mistake_in_a_search_space_is_placed_in_its_line(tmp_path: Path, monke
 
 def test_without_m_it_says_so() -> None:
     with pytest.raises(ConfigError, match="a sweep is many trainings, which -m says"):
-        sweep(["+exp=debug", "seed=1,2"])
+        sweep(["+exp=debug", "seed=1,2"], "")
 
 
 def test_a_search_space_is_not_for_one_training() -> None:
