@@ -70,6 +70,7 @@ def digest(run_dir: Path) -> dict[str, Any]:
         elif path.name == "state.json":
             state = json.loads(path.read_text(encoding="utf-8"))
             state["best_metric"] = state.pop("best_eval_loss", state.get("best_metric"))  # its name before issue 11
+            state.pop("best_name", None)  # which it did not have
             found[str(path.relative_to(run_dir))] = {
                 name: value for name, value in sorted(state.items()) if not name.endswith("seconds")
             }
