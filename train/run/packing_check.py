@@ -7,7 +7,7 @@ Nothing fails then, and every record but the first is learned with a stranger's 
 
 import torch
 
-from tunesmith.train.config.config import Config, Precision
+from tunesmith.train.config.config import Config, Packing, Precision
 from tunesmith.train.engine import Engine
 from tunesmith.train.errors import ModelError
 from tunesmith.train.ranks.distributed import all_ranks
@@ -20,6 +20,7 @@ TOLERANCE = {Precision.fp32: 1e-3, Precision.bf16: 0.1, Precision.fp16: 0.1}
 
 def check_packing(engine: Engine, config: Config, *, evaluates: bool) -> None:
     """Raises ModelError when a packed record has other logits than alone. Every rank calls it, before training."""
+    packs = config.batch.packing is not Packing.none
     sizes = {config.batch.micro_batch_size} | ({config.evaluate.batch_size} if evaluates else set())
     for num_sequences in sorted(sizes):
         difference = packing_difference(engine, num_sequences)
@@ -29,8 +30,10 @@ def check_packing(engine: Engine, config: Config, *, evaluates: bool) -> None:
         raise ModelError(
             f"{config.model.name_or_path} with {attention} attention lets packed records see each other: their logits "
             f"are {difference:.0%} off in forwards of {num_sequences} sequences.",
-            at="batch.packing",
-            do="try another model.attention, or set batch.packing=none where no answers are compared.",
+            at="batch.packing" if packs else "model.attention",
+            do="set batch.packing=none, or try another model.attention."
+            if packs
+            else "try another model.attention: answers that are compared share a sequence.",
         )
 
 

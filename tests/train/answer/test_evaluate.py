@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tunesmith.train.answer.evaluate import answer_metrics, rank_batches, same_answer
+from tunesmith.train.answer.scores import answer_metrics, same_answer
+from tunesmith.train.data.order import rank_batches
 from tunesmith.train.ranks.distributed import World
 
 OVERRIDES = (
