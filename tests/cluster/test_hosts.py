@@ -148,7 +148,7 @@ def test_another_code_on_one_host_is_refused_by_name(
     for name in ("train", "kernels", "launch", "conf"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "tunesmith", copy / "tunesmith", symlinks=True)
-    loop = copy / "train" / "loop.py"
+    loop = copy / "train" / "run" / "loop.py"
     loop.write_text(loop.read_text() + "# another version\n")
     run = [*SHORT, "output_dir=run"]
     theirs = torchrun(hosts, port, str(copy / "launch" / "train.py"), *run)
