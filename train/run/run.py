@@ -3,12 +3,12 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tunesmith.train.checkpoint import find as checkpoint_find
 from tunesmith.train.config.compose import Composed
 from tunesmith.train.config.config import Config
-from tunesmith.train.data.prepare import prepare
+from tunesmith.train.data.prepare import PreparedData, prepare
 from tunesmith.train.data.preview import preview
 from tunesmith.train.data.tokenizer import load_tokenizer
 from tunesmith.train.errors import TunesmithError
@@ -16,8 +16,9 @@ from tunesmith.train.files import run_folder
 from tunesmith.train.files.fence import fence
 from tunesmith.train.model.kernel_choice import choose_kernels
 from tunesmith.train.model.load import check_model
-from tunesmith.train.objective.objective import make_objective
+from tunesmith.train.objective.objective import Objective, make_objective
 from tunesmith.train.ranks import distributed
+from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import plan_faults, progress, reach
 from tunesmith.train.track.console import Console
@@ -53,13 +54,7 @@ def run(composed: Composed) -> Path:
         reporter.warn("TUNESMITH_FAULTS is set: this run will be hurt on purpose")
     timeouts, watchdog = Timeouts.of(config.cluster), None
     try:
-        check_model(config)
-        tokenizer = load_tokenizer(config.model, config.data)
-        objective = make_objective(config, tokenizer)
-        reach(Phase.preparing_data)
-        data = prepare(config, tokenizer, objective, show_progress=world.local_rank == 0)
-        if config.data.preview:
-            reporter.note(preview(tokenizer, data.train, config.data.preview))
+        tokenizer, objective, data = _prepare(config, world, reporter)
         reach(Phase.meeting_ranks)
         store = distributed.start(
             world, device, timeouts.of_process_group / 60, start_minutes=config.cluster.start_timeout_minutes
@@ -98,6 +93,18 @@ def run(composed: Composed) -> Path:
         reporter.close()
         distributed.stop()
     return run_dir
+
+
+def _prepare(config: Config, world: World, reporter: Reporter) -> tuple[Any, Objective, PreparedData]:
+    """Tokenizer, objective and data: what is wrong with them is said before the ranks meet."""
+    check_model(config)
+    tokenizer = load_tokenizer(config.model, config.data)
+    objective = make_objective(config, tokenizer)
+    reach(Phase.preparing_data)
+    data = prepare(config, tokenizer, objective, show_progress=world.local_rank == 0)
+    if config.data.preview:
+        reporter.note(preview(tokenizer, data.train, config.data.preview))
+    return tokenizer, objective, data
 
 
 def _fail(composed: Composed, watchdog: Watchdog, error: Exception) -> NoReturn:
