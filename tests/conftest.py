@@ -4,14 +4,16 @@ import importlib.util
 import json
 import random
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from zygote import Zygote
 
 TINY = Path(__file__).parents[1] / "conf/model/tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -23,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job, whose children would ignore it too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     target = config.getoption("--torture-table")
     if target and not hasattr(config, "workerinput"):  # on the controller, where every worker's reports arrive
         spec = importlib.util.spec_from_file_location("torture_table", TORTURE_TABLE)
@@ -125,3 +129,10 @@ def make_records(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 @pytest.fixture(scope="session")
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data-cache")
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    started = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield started
+    started.stop()

@@ -56,17 +56,17 @@ def test_a_run_leaves_everything_and_its_losses_do_not_depend_on_the_launcher(
 
 def test_a_lora_run_can_be_talked_to_asked_and_merged(launch, tmp_path):
     overrides = ("adapter=lora", "adapter.r=4", "model.gradient_checkpointing=true", "evaluate.generate=false")
-    assert launch("python", "train", *QUICK, *overrides, "output_dir=run").returncode == 0
+    assert launch("forked", "train", *QUICK, *overrides, "output_dir=run").returncode == 0
     assert (tmp_path / "run/model/adapter_model.safetensors").stat().st_size < 600_000
     checkpoint = tmp_path / "run/checkpoints/step-000004/engine/mp_rank_00_model_states.pt"
     assert checkpoint.stat().st_size < 400_000  # the base model is 6.9 MB, its embedding alone 1.6 MB
 
-    answered = launch("python", "chat", "run=run", "prompt=How often should I water?", "max_new_tokens=5")
+    answered = launch("forked", "chat", "run=run", "prompt=How often should I water?", "max_new_tokens=5")
     assert answered.returncode == 0, answered.stderr
     assert answered.stdout.strip()
 
     (tmp_path / "asked.jsonl").write_text('{"prompt": "How often?", "completion": "Twice a week."}\n' * 3)
-    asked = launch("python", "evaluate", "run=run", "data=asked.jsonl", "max_new_tokens=5", "out=answers.jsonl")
+    asked = launch("forked", "evaluate", "run=run", "data=asked.jsonl", "max_new_tokens=5", "out=answers.jsonl")
     assert asked.returncode == 0, asked.stderr
     assert json.loads(asked.stdout.splitlines()[-1]) == {
         "exact_match": 0.0,
@@ -75,30 +75,30 @@ def test_a_lora_run_can_be_talked_to_asked_and_merged(launch, tmp_path):
     }
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
 
-    merged = launch("python", "export", "run=run", "out=merged")
+    merged = launch("forked", "export", "run=run", "out=merged")
     assert merged.returncode == 0, merged.stderr
     assert "logits within" in merged.stdout
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    again = launch("python", "export", "run=run", "out=merged")
+    again = launch("forked", "export", "run=run", "out=merged")
     assert again.returncode == 2
     assert "is there already" in again.stderr
 
 
 def test_a_finished_run_is_not_trained_again(launch, tmp_path):
-    assert launch("python", "train", *QUICK, "output_dir=run").returncode == 0
+    assert launch("forked", "train", *QUICK, "output_dir=run").returncode == 0
     before = (tmp_path / "run/model/model.safetensors").stat().st_mtime_ns
-    again = launch("python", "train", *QUICK, "output_dir=run")
+    again = launch("forked", "train", *QUICK, "output_dir=run")
     assert again.returncode == 0, again.stderr
     assert "already finished" in again.stdout
     assert (tmp_path / "run/model/model.safetensors").stat().st_mtime_ns == before
-    refused = launch("python", "train", *QUICK, "output_dir=run", "resume=never")
+    refused = launch("forked", "train", *QUICK, "output_dir=run", "resume=never")
     assert refused.returncode == 2
     assert "already holds a run" in refused.stderr
 
 
 def test_a_profile_is_written_for_the_steps_asked_for(launch, tmp_path):
     overrides = ("profile=torch", "profile.start_step=2", "profile.num_steps=2", "evaluate.generate=false")
-    assert launch("python", "train", *QUICK, *overrides, "output_dir=run").returncode == 0
+    assert launch("forked", "train", *QUICK, *overrides, "output_dir=run").returncode == 0
     trace = json.loads((tmp_path / "run/profile/trace.json").read_text())
     assert any("LinearCrossEntropy" in str(event.get("name")) for event in trace["traceEvents"])
     assert "aten::" in (tmp_path / "run/profile/operations.txt").read_text()

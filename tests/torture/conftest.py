@@ -1,24 +1,20 @@
 """Whole runs on forked ranks, and the table of what became of each fault."""
 
 import json
-import os
-import queue
 import secrets
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from zygote import Forked, Zygote
 
 from tunesmith.launch.environment import free_port
 
-ZYGOTE = Path(__file__).parent / "zygote.py"
+TRAIN = Path(__file__).with_name("train_rank.py")
 NUM_STEPS = 12
 EVERY_STEPS = 3  # between two saves
 
@@ -27,26 +23,26 @@ EVERY_STEPS = 3  # between two saves
 class Job:
     """The ranks of one run: how each ended (minus a signal's number), and what they said together."""
 
-    num_ranks: int
     log: Path
-    started: float
-    pids: dict[int, int] = field(default_factory=dict)
-    codes: dict[int, int] = field(default_factory=dict)
-    ended_at: dict[int, float] = field(default_factory=dict)  # on the monotonic clock
-    wait_for_news: Callable[[float], None] = lambda seconds: None
+    ranks: list[Forked]
 
     @property
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
+    @property
+    def codes(self) -> dict[int, int]:
+        return {rank: forked.code for rank, forked in enumerate(self.ranks) if forked.code is not None}
+
     def wait(self, timeout: float = 120) -> "Job":
         """Until every rank has ended. Fails when they take longer, and then ends them."""
         deadline = time.monotonic() + timeout
-        while len(self.codes) < self.num_ranks:
+        while self.alive:
             if time.monotonic() > deadline:
+                left = self.alive
                 self.kill_all()
-                pytest.fail(f"ranks {self.alive} did not end within {timeout} s:\n{self.said[-3000:]}")
-            self.wait_for_news(0.1)
+                pytest.fail(f"ranks {left} did not end within {timeout} s:\n{self.said[-3000:]}")
+            time.sleep(0.01)
         return self
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
@@ -55,124 +51,48 @@ class Job:
         while not condition():
             assert time.monotonic() < deadline, f"it never came:\n{self.said[-3000:]}"
             assert not self.codes, f"a rank ended first: {self.codes}\n{self.said[-3000:]}"
-            self.wait_for_news(0.01)
+            time.sleep(0.01)
 
     @property
     def alive(self) -> list[int]:
-        return [rank for rank in self.pids if rank not in self.codes]
+        return [rank for rank, forked in enumerate(self.ranks) if forked.code is None]
 
     @property
     def seconds_between_ends(self) -> float:
         """From the first rank's end to the last's."""
-        return max(self.ended_at.values()) - min(self.ended_at.values())
+        ends = [forked.ended_at for forked in self.ranks if forked.ended_at is not None]
+        return max(ends) - min(ends)
 
     def send(self, rank: int, number: signal.Signals) -> None:
-        if rank in self.alive:
-            os.kill(self.pids[rank], number)
+        self.ranks[rank].send(number)
 
     def kill_all(self) -> None:
-        deadline = time.monotonic() + 20
-        while len(self.codes) < self.num_ranks and time.monotonic() < deadline:
-            for rank in self.alive:
-                self.send(rank, signal.SIGKILL)
-            self.wait_for_news(0.1)
+        for forked in self.ranks:
+            forked.send(signal.SIGKILL)
+        for forked in self.ranks:
+            forked.wait(20)
 
 
-class Zygote:
-    """Forks ranks that have torch and DeepSpeed imported already: a run of two starts in about a second."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
-        self._jobs: dict[str, tuple[Job, int]] = {}
-        self._news: queue.Queue[dict[str, Any]] = queue.Queue()
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SLURM_", "RANK"))}
-        self._env = env | {
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "TORCH_EXTENSIONS_DIR": str(scratch / "torch_extensions"),
-            "XDG_CACHE_HOME": str(scratch / "cache"),
-        }
-        with (scratch / "zygote.log").open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, str(ZYGOTE)],
-                env=self._env,
-                cwd=scratch,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._news.put(json.loads(line))
-
-    def _take_news(self, seconds: float) -> None:
-        """Waits for one message of the zygote, for so long."""
-        try:
-            news = self._news.get(timeout=seconds)
-        except queue.Empty:
-            assert self._process.poll() is None, (self.scratch / "zygote.log").read_text()[-3000:]
-            return
-        job, rank = self._jobs[news["id"]]
-        if "pid" in news:
-            job.pids[rank] = news["pid"]
-        else:
-            job.codes[rank], job.ended_at[rank] = news["code"], time.monotonic()
-
-    def start(
-        self,
-        overrides: list[str],
-        *,
-        cwd: Path,
-        world_size: int = 2,
-        env: dict[str, str] | None = None,
-        limits: dict[int, dict[str, int]] | None = None,
-    ) -> Job:
-        """launch/train.py on forked ranks. limits: rank -> {"file_bytes": n} or {"memory_bytes": n}."""
-        cwd.mkdir(parents=True, exist_ok=True)
-        port = str(free_port())
-        job = Job(world_size, cwd / f"log-{secrets.token_hex(4)}.txt", time.monotonic(), wait_for_news=self._take_news)
-        assert self._process.stdin is not None
-        for rank in range(world_size):
-            id_ = secrets.token_hex(8)
-            self._jobs[id_] = (job, rank)
-            mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-            mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            task = {
-                "id": id_,
-                "arguments": overrides,
-                "env": self._env | {name: str(value) for name, value in mine.items()} | (env or {}),
-                "cwd": str(cwd),
-                "log": str(job.log),
-                **(limits or {}).get(rank, {}),
-            }
-            self._process.stdin.write(json.dumps(task).encode() + b"\n")
-        self._process.stdin.flush()
-        while len(job.pids) < world_size:
-            self._take_news(30)
-        return job
-
-    def stop(self) -> None:
-        for job, _ in self._jobs.values():
-            job.kill_all()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=20)
-        self._listener.join()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    started = Zygote(tmp_path_factory.mktemp("zygote"))
-    yield started
-    started.stop()
+def start_ranks(
+    zygote: Zygote,
+    overrides: list[str],
+    *,
+    cwd: Path,
+    world_size: int = 2,
+    env: dict[str, str] | None = None,
+    limits: dict[int, dict[str, int]] | None = None,
+) -> Job:
+    """launch/train.py on forked ranks. limits: rank -> {"file_bytes": n} or {"memory_bytes": n}."""
+    cwd.mkdir(parents=True, exist_ok=True)
+    port, log = free_port(), cwd / f"log-{secrets.token_hex(4)}.txt"
+    ranks = []
+    for rank in range(world_size):
+        mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = zygote.env | {name: str(value) for name, value in mine.items()} | (env or {})
+        arguments = {"overrides": overrides, **(limits or {}).get(rank, {})}
+        ranks.append(zygote.fork(TRAIN, "train", arguments, cwd=cwd, stdout=log, env=environment))
+    return Job(log, ranks)
 
 
 @pytest.fixture(scope="session")
@@ -210,7 +130,7 @@ def start(zygote: Zygote, tiny_run: list[str], tmp_path: Path) -> Start:
 
     def begin(*overrides: str, faults: str = "", env: dict[str, str] | None = None, **rest: Any) -> Job:
         extra = ({"TUNESMITH_FAULTS": faults} if faults else {}) | (env or {})
-        return zygote.start([*tiny_run, *overrides], cwd=tmp_path, env=extra, **rest)
+        return start_ranks(zygote, [*tiny_run, *overrides], cwd=tmp_path, env=extra, **rest)
 
     return begin
 
@@ -257,7 +177,7 @@ def left_alone(zygote: Zygote, tiny_run: list[str], tmp_path_factory: pytest.Tem
     def run(*overrides: str) -> Path:
         if overrides not in made:
             cwd = tmp_path_factory.mktemp("left-alone")
-            job = zygote.start([*tiny_run, *overrides], cwd=cwd).wait()
+            job = start_ranks(zygote, [*tiny_run, *overrides], cwd=cwd).wait()
             assert job.codes == {0: 0, 1: 0}, job.said[-3000:]
             made[overrides] = cwd / "run"
         return made[overrides]

@@ -3,14 +3,14 @@
 import inspect
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from zygote import Forked, Zygote
 
 from tunesmith.launch.environment import free_port
 
@@ -18,23 +18,11 @@ WORKER = Path(__file__).parent / "worker.py"
 TASK_SECONDS = 280  # below pytest's own limit, so that it is the pool that says which rank failed
 
 
-def rank_environment(rank: int, world_size: int, port: int, scratch: Path) -> dict[str, str]:
-    """What deepspeed's launcher would set, and folders of this session's own: a stale build lock hangs DeepSpeed."""
-    ours = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": 1,
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": 1,
-        "TORCH_EXTENSIONS_DIR": scratch / "torch_extensions",
-    }
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SLURM_"))}
-    return kept | {name: str(value) for name, value in ours.items()}
+def rank_environment(zygote: Zygote, rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What deepspeed's launcher would set, and folders of this session's own."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return zygote.env | {name: str(value) for name, value in (ranks | meeting).items()}
 
 
 def in_pieces(rank: Any, **arguments: Any) -> Any:
@@ -44,24 +32,24 @@ def in_pieces(rank: Any, **arguments: Any) -> Any:
 class RankPool:
     """world_size processes in one process group; run() calls a function of a test module on all of them."""
 
-    def __init__(self, world_size: int, scratch: Path) -> None:
+    def __init__(self, zygote: Zygote, world_size: int, scratch: Path) -> None:
+        self.zygote = zygote
         self.world_size = world_size
         self.scratch = scratch
-        self._processes: list[subprocess.Popen[str]] = []
+        self._ranks: list[Forked] = []
+        self._tasks: list[int] = []  # where each rank reads them
         self._num_tasks = 0
 
     def run(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
         """What function(rank, **arguments) returned on each rank. Fails when a rank raises, dies or takes too long."""
-        if not self._processes:
+        if not self._ranks:
             self._start()
         self._num_tasks += 1
         answer = self.scratch / f"answer-{self._num_tasks}"
         source = inspect.getsourcefile(function)
         task = {"file": source, "function": function.__name__, "arguments": arguments, "answer": str(answer)}
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(task) + "\n")
-            process.stdin.flush()
+        for tasks in self._tasks:
+            os.write(tasks, (json.dumps(task) + "\n").encode())
         return self._collect(answer)
 
     def train_in_pieces(self, **arguments: Any) -> list[Any]:
@@ -71,17 +59,19 @@ class RankPool:
     def _start(self) -> None:
         port = free_port()
         for rank in range(self.world_size):
-            with (self.scratch / f"rank-{rank}.log").open("w") as log:
-                process = subprocess.Popen(
-                    [sys.executable, str(WORKER)],
-                    env=rank_environment(rank, self.world_size, port, self.scratch),
+            tasks = self.scratch / f"tasks-{port}.{rank}"
+            os.mkfifo(tasks)
+            self._tasks.append(os.open(tasks, os.O_RDWR))  # it ends, and the rank with it, when we do
+            self._ranks.append(
+                self.zygote.fork(
+                    WORKER,
+                    "serve",
                     cwd=self.scratch,
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    text=True,
+                    stdin=tasks,
+                    stdout=self._log(rank),
+                    env=rank_environment(self.zygote, rank, self.world_size, port),
                 )
-            self._processes.append(process)
+            )
 
     def _collect(self, answer: Path) -> list[Any]:
         deadline = time.monotonic() + TASK_SECONDS
@@ -100,25 +90,30 @@ class RankPool:
         return [found["result"] for found in answers]
 
     def _problem(self, files: list[Path], deadline: float) -> str | None:
-        for rank, process in enumerate(self._processes):
-            if process.poll() is not None and not files[rank].exists():
-                return f"rank {rank} ended with {process.returncode}:\n{self._log(rank)}"
+        for rank, forked in enumerate(self._ranks):
+            if forked.code is not None and not files[rank].exists():
+                return f"rank {rank} ended with {forked.code}:\n{self._said(rank)}"
         for rank, file in enumerate(files):  # the others may wait for this one for ever
             if file.exists() and "error" in (found := json.loads(file.read_text(encoding="utf-8"))):
                 return f"rank {rank}: {found['error']}"
         if time.monotonic() > deadline:
-            return f"no answer in {TASK_SECONDS} s:\n" + "\n".join(map(self._log, range(self.world_size)))
+            return f"no answer in {TASK_SECONDS} s:\n" + "\n".join(map(self._said, range(self.world_size)))
         return None
 
-    def _log(self, rank: int) -> str:
-        return (self.scratch / f"rank-{rank}.log").read_text(encoding="utf-8", errors="replace")[-3000:]
+    def _log(self, rank: int) -> Path:
+        return self.scratch / f"rank-{rank}.log"
+
+    def _said(self, rank: int) -> str:
+        return self._log(rank).read_text(encoding="utf-8", errors="replace")[-3000:]
 
     def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.communicate()
-        self._processes = []
+        for forked in self._ranks:
+            forked.send(signal.SIGKILL)
+        for forked in self._ranks:
+            forked.wait(20)
+        for tasks in self._tasks:
+            os.close(tasks)
+        self._ranks, self._tasks = [], []
 
 
 @pytest.fixture(scope="session")
@@ -171,13 +166,13 @@ def fp16() -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
+def ranks(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
     """ranks(n) is a pool of n rank processes, started at its first use and shared by the session."""
     pools: dict[int, RankPool] = {}
 
     def pool(world_size: int) -> RankPool:
         if world_size not in pools:
-            pools[world_size] = RankPool(world_size, tmp_path_factory.mktemp(f"ranks-{world_size}"))
+            pools[world_size] = RankPool(zygote, world_size, tmp_path_factory.mktemp(f"ranks-{world_size}"))
         return pools[world_size]
 
     yield pool
@@ -186,12 +181,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
 
 
 @pytest.fixture(scope="session")
-def rank_environments(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, str]]]:
+def rank_environments(zygote: Zygote) -> Callable[[int], list[dict[str, str]]]:
     """rank_environments(n) is what each of n ranks of one new run needs in its environment."""
-    scratch = tmp_path_factory.mktemp("launched")
 
     def environments(world_size: int) -> list[dict[str, str]]:
         port = free_port()
-        return [rank_environment(rank, world_size, port, scratch) for rank in range(world_size)]
+        return [rank_environment(zygote, rank, world_size, port) for rank in range(world_size)]
 
     return environments

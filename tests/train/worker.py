@@ -187,7 +187,3 @@ def serve() -> None:
         staged = answer.with_suffix(".staged" + answer.suffix)
         staged.write_text(json.dumps(result), encoding="utf-8")
         os.replace(staged, answer)
-
-
-if __name__ == "__main__":
-    serve()

@@ -129,11 +129,12 @@ def test_torn_and_foreign_lines_are_passed_over(make_run, queue_says):
 
 def test_of_a_long_run_the_end_is_read(make_run, queue_says):
     queue_says(RUNNING)
-    run = make_run(job={"job_id": "12"}, steps=20_000, total_steps=40_000)
-    assert (run / "metrics.jsonl").stat().st_size > 2**21
-    started = time.monotonic()
-    assert status_of(run)["progress"]["step"] == 20_000
-    assert time.monotonic() - started < 0.5
+    run = make_run(job={"job_id": "12"}, steps=9, total_steps=40)
+    rows = (run / "metrics.jsonl").read_bytes()
+    with (run / "metrics.jsonl").open("wb") as file:
+        file.seek(2**40)  # a terabyte in front that takes no room: to read it would take all day
+        file.write(b"\n" + rows)
+    assert status_of(run)["progress"]["step"] == 9
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,12 @@ def test_a_lock_on_a_shared_disk_is_named_and_not_removed(
     lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stale_locks, "file_system", lambda path: "nfs4")  # none can be mounted here
+    usual = stale_locks.WAIT_SECONDS
     monkeypatch.setattr(stale_locks, "WAIT_SECONDS", 0.3)
     started = time.monotonic()
     with pytest.raises(TrainingError) as caught:
         clear_stale_locks(tmp_path, pytest.fail)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < usual
     assert caught.value.at == str(lock)
     assert "remove this file" in str(caught.value.do)
     assert lock.exists()
