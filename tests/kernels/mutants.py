@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PYTEST = str(Path(sys.executable).with_name("pytest"))
 LOSS = "lce/test_linear_cross_entropy.py"
 USE = "test_kernels_in_use.py"
 LORA = "lora/test_lora_linear.py"
@@ -305,7 +306,7 @@ def run_tests(mutant: Mutant, planted: bool) -> int:
     """pytest's exit code for the tests of a mutant, in a copy with or without it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("kernels", "tests/kernels"):
+        for name in ("kernels", "tests/kernels", "tests/support"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "tests/conftest.py"):
             shutil.copy(ROOT / name, copy / name)
@@ -316,12 +317,15 @@ def run_tests(mutant: Mutant, planted: bool) -> int:
             text = file.read_text(encoding="utf-8")
             assert text.count(mutant.right) >= 1, f"{mutant.name}: {mutant.file} has no {mutant.right!r} any more"
             file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+        choice = [f"tests/kernels/{mutant.tests}", "-k", mutant.chosen]
         done = subprocess.run(
-            ["pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/kernels/{mutant.tests}", "-k", mutant.chosen],
+            [PYTEST, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *choice],
             cwd=copy, env=os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
             capture_output=True, text=True, timeout=250,
         )  # fmt: skip
-        return done.returncode
+    if done.returncode == 1 and " failed" not in done.stdout:
+        raise RuntimeError(f"{mutant.name}: pytest broke\n{done.stdout}{done.stderr}")
+    return done.returncode
 
 
 def caught(mutant: Mutant) -> bool:
