@@ -25,7 +25,7 @@ test: $(INSTALLED)  ## the tests
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not torture and not cluster and not gpu"
 
 test-slow: $(INSTALLED)  ## the wide matrices, which take longer
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not torture and not cluster and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not cluster and not gpu"
 
 # One after the other: ranks that wait for a core too long are taken for dead ones.
 test-cluster: $(INSTALLED)  ## jobs on a real SLURM and hosts with networks of their own, on this machine; as root
@@ -33,7 +33,7 @@ test-cluster: $(INSTALLED)  ## jobs on a real SLURM and hosts with networks of t
 	$(BIN)/pytest -m "cluster and not gpu" -v tests/cluster
 
 torture: $(INSTALLED)  ## every fault of the torture table, written into docs/reliability.md
-	$(BIN)/pytest -n 2 --dist loadscope -m "row and not slow and not cluster and not gpu" -q --torture-table=docs/reliability.md tests
+	$(BIN)/pytest -n 2 --dist loadscope -m "row and (torture or not slow) and not cluster and not gpu" -q --torture-table=docs/reliability.md tests
 
 # Kernels are compiled by four processes at once: that is what their tests wait for.
 test-gpu: $(INSTALLED)  ## what only a GPU can show

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from matrices import covered
 
 ROOT = Path(__file__).parents[1]
 # Each may import those before it. engine and optimizer are files, the others folders.
@@ -117,7 +118,7 @@ def test_a_library_is_at_home_in_its_rooms_only(library: str) -> None:
     assert not guests
 
 
-@pytest.mark.parametrize("module", ["answer.bot", "data.prepare", "run.run"])
+@pytest.mark.parametrize("module", covered(["answer.bot", "data.prepare", "run.run"], ["run.run"]))
 def test_deepspeed_is_imported_only_once_a_run_is_ready(module: str) -> None:
     """It takes seconds, and picks its accelerator while it is imported."""
     code = f"import sys, tunesmith.train.{module}; sys.exit('deepspeed' in sys.modules)"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matrices import covered
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -26,6 +27,7 @@ def run(name: str, tmp_path: Path, *extra: str, interpreted: bool = False) -> tu
     return found, done.stdout
 
 
+@pytest.mark.slow
 def test_the_bench_of_the_loss_checks_and_times_what_can_run_here(tmp_path):
     found, printed = run("gpu_loss", tmp_path)
     assert {"anchored", "chunked", "liger", "cce", "compiled_chunks"} <= found["absent"].keys()
@@ -45,6 +47,7 @@ def test_a_budget_cuts_the_last_cases_and_names_them(tmp_path):
     assert "cut for time: 8B T=8192 kept=35% frozen, " in printed
 
 
+@pytest.mark.slow
 def test_the_bench_of_lora_checks_and_times_what_can_run_here(tmp_path):
     found, _ = run("gpu_lora", tmp_path)
     assert found["absent"].keys() == {"ours", "peft_compiled"}
@@ -56,6 +59,7 @@ def test_the_bench_of_lora_checks_and_times_what_can_run_here(tmp_path):
             assert (result["errors"]["largest"] or 0) < 2e-6, (name, contestant)
 
 
+@pytest.mark.slow
 def test_the_probe_runs_every_item_under_the_interpreter(tmp_path):
     found, _ = run("gpu_probe", tmp_path, interpreted=True)
     items = {row["item"].split()[0] for row in found["rows"]}
@@ -66,7 +70,7 @@ def test_the_probe_runs_every_item_under_the_interpreter(tmp_path):
     assert max(errors) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["gpu_loss", "gpu_lora", "gpu_probe"])
+@pytest.mark.parametrize("name", covered(["gpu_loss", "gpu_lora", "gpu_probe"], ["gpu_probe"]))
 def test_without_a_gpu_a_bench_refuses_to_measure(name):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     for options, words in (([], "there is no GPU here"), (["--device", "cpu"], "measures nothing")):

@@ -281,6 +281,7 @@ def test_lora_is_right_however_its_graph_is_used(backend, interpreter):
     assert {name: value for name, value in found.items() if not value <= LIMIT} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's own, of what it leaves out of its graphs
 def test_torch_compile_around_both_changes_no_gradient():
     hidden, unembed, labels = loss_inputs()

@@ -77,6 +77,8 @@ def fail(launch_environment: dict[str, str], tmp_path: Path) -> Fail:
     return call
 
 
+@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.row(1)
 @pytest.mark.parametrize(
     ("launcher", "rank", "phase"),
@@ -221,6 +223,8 @@ def test_a_rank_of_another_node_is_named(
     assert time.time() - (tmp_path / "run/metrics.jsonl").stat().st_mtime < TIMEOUT_SECONDS + 15
 
 
+@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.row(24)
 def test_host_memory_that_runs_out_is_one_message_with_three_settings(fail: Fail) -> None:
     limits = {resource.RLIMIT_AS: LIMIT_GIB * 2**30}
@@ -238,6 +242,8 @@ def test_host_memory_that_runs_out_is_one_message_with_three_settings(fail: Fail
     assert "Traceback" not in ended.said[: problem.end()]
 
 
+@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.row(26)
 def test_a_full_console_disk_is_one_line_and_the_run_finishes(
     launch_environment: dict[str, str], tmp_path: Path

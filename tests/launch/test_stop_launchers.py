@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from matrices import covered
 
 from tunesmith.launch.environment import free_port
 from tunesmith.train.ranks.launchers import launcher_of
@@ -236,14 +237,14 @@ ENDED = [
     ("torchrun", "torchrun", signal.SIGUSR1),
     ("torchrun", "torchrun", signal.SIGKILL),
 ]
-ENDED_BY_DEFAULT = [ENDED[0], ENDED[7]]
+ENDED_IN_TORTURE = [ENDED[0], ENDED[7]]
 
 
 @pytest.mark.row(14)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("launcher", "process", "number"),
-    [*ENDED_BY_DEFAULT, *(pytest.param(*p, marks=pytest.mark.slow) for p in ENDED if p not in ENDED_BY_DEFAULT)],
+    covered(ENDED, [], ENDED_IN_TORTURE),
 )
 def test_ending_a_launcher_saves_the_run_and_leaves_no_orphan(
     start: Callable[..., Job], launcher: str, process: str, number: signal.Signals

@@ -358,8 +358,9 @@ def steps(folder: Path) -> list[int]:
     return [row["step"] for row in rows if "train/loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_run_that_loses_a_rank_is_brought_to_its_end(supervise_ranks, tmp_path: Path, launcher: str) -> None:
     code, said = supervise_ranks(launcher, faults="kill:rank=1,step=3,phase=forward")
     assert code == 0, said[-3000:]
@@ -369,6 +370,7 @@ def test_a_run_that_loses_a_rank_is_brought_to_its_end(supervise_ranks, tmp_path
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_torchrun_hides_a_mistake_and_it_is_still_not_tried_again(supervise_ranks) -> None:
     code, said = supervise_ranks("torchrun", "optimizer.learning_rate=-1")

@@ -75,6 +75,7 @@ def test_each_search_space_that_ships_fits_the_example(name: str, monkeypatch: p
     assert plan.num_trials == plan.settings.n_trials
 
 
+@pytest.mark.slow
 def test_two_trainings_side_by_side_and_one_that_diverges(launch: Callable[..., Any], tmp_path: Path) -> None:
     short = ("schedule.max_steps=2", "evaluate.generate=false", "batch.sequence_length=128", "checkpoint.at_end=false")
     searched = ("optimizer.learning_rate=1e-3,1e30", "optimizer.max_skipped_steps=1", "hydra.sweeper.n_jobs=2")

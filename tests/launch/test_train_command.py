@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrices import covered
 
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.config.config import Device
@@ -131,7 +132,8 @@ RANKS_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("launcher", "overrides", "problem"), RANKS_MISTAKES)
+@pytest.mark.cold
+@pytest.mark.parametrize(("launcher", "overrides", "problem"), covered(RANKS_MISTAKES, RANKS_MISTAKES[2:]))
 def test_two_ranks_say_a_mistake_once_and_end(
     launch: Launch, tmp_path: Path, launcher: str, overrides: list[str], problem: str
 ) -> None:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 LIMIT_SECONDS = 5.0
-MAY_TAKE_LONGER = ("slow", "torture", "cluster", "gpu")
+MAY_TAKE_LONGER = ("cold", "slow", "torture", "cluster", "gpu")
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,11 @@ class Forked:
 
 
 class Zygote:
-    """fork() calls a function of a Python file in a process of its own; started at its first use."""
+    """fork() calls a function of a Python file in a process of its own."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
         self._forked: dict[str, Forked] = {}
-        self._process: subprocess.Popen[bytes] | None = None
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SLURM_", "RANK"))}
         self.env = kept | {
             "OMP_NUM_THREADS": "1",
@@ -58,6 +57,10 @@ class Zygote:
             "TORCH_EXTENSIONS_DIR": str(scratch / "torch_extensions"),  # a stale build lock hangs DeepSpeed
             "XDG_CACHE_HOME": str(scratch / "cache"),
         }
+        self._ready = threading.Event()
+        self._process = self._start()
+        if not self._ready.wait(START_SECONDS):
+            pytest.fail(f"the zygote does not start:\n{(scratch / 'zygote.log').read_text()[-3000:]}")
 
     def fork(
         self,
@@ -72,8 +75,6 @@ class Zygote:
         env: dict[str, str] | None = None,
     ) -> Forked:
         """function(**arguments) of a file, with the variables of env and no others; its output is appended."""
-        if self._process is None:
-            self._process = self._start()
         id_, forked = secrets.token_hex(8), Forked()
         self._forked[id_] = forked
         task = {"id": id_, "file": str(file), "function": function, "arguments": arguments or {}, "cwd": str(cwd)}
@@ -105,6 +106,9 @@ class Zygote:
         assert process.stdout is not None
         for line in process.stdout:
             news = json.loads(line)
+            if "ready" in news:
+                self._ready.set()
+                continue
             forked = self._forked[news["id"]]
             with forked.changed:
                 if "pid" in news:
@@ -115,8 +119,6 @@ class Zygote:
 
     def stop(self) -> None:
         """Ends every process that is left, and then the zygote."""
-        if self._process is None:
-            return
         for forked in self._forked.values():
             forked.send(signal.SIGKILL)
         assert self._process.stdin is not None

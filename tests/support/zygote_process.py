@@ -1,8 +1,8 @@
 """A process that has imported torch, DeepSpeed and Tunesmith once, and forks a child for each task (see zygote.py).
 
 Each line of stdin is a task: {"id", "file", "function", "arguments", "env", "cwd", "stdin", "stdout", "stderr"}; the
-child calls function(**arguments) of the Python file. Lines of stdout say what became of it: {"id", "pid"} at once,
-{"id", "code"} when it has ended; minus the signal that ended it.
+child calls function(**arguments) of the Python file. Lines of stdout say {"ready"}, and then what became of each child:
+{"id", "pid"} at once, {"id", "code"} when it has ended; minus the signal that ended it.
 """
 
 import gc
@@ -112,4 +112,5 @@ if __name__ == "__main__":
     for name in HEAVY:
         importlib.import_module(name)
     gc.freeze()  # or the children's collector copies every page
+    tell(ready=True)
     serve()

@@ -195,6 +195,7 @@ def run_memory(which: str) -> tuple[float, float, float]:
     return kibibytes, seconds, value
 
 
+@pytest.mark.slow
 def test_the_peak_is_under_a_twentieth_of_the_naive_loss_and_it_is_no_slower(record_property):
     ours, naive = run_memory("ours"), run_memory("naive")
     assert ours[2] == pytest.approx(naive[2], rel=1e-6)

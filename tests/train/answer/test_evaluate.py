@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from matrices import covered
 
 from tunesmith.train.answer.scores import answer_metrics, same_answer
 from tunesmith.train.data.order import rank_batches
@@ -41,7 +42,7 @@ def evaluate_plainly(rank, overrides: list[str]) -> list[float]:
         return [loss / weight, math.exp(loss / weight), correct / count]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", covered(["ddp", "zero3"], ["zero3"]))
 def test_figures_are_those_of_a_plain_computation_for_any_batch_size_and_ranks(
     engine, ranks, make_model, make_records, data_cache
 ):

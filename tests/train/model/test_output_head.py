@@ -1,5 +1,6 @@
 """The loss inside the head is the one of whole logits, for every family, ZeRO stage and adapter; or it says why not."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrices import covered
 from torch import nn
 
 from tunesmith.train.model.output_head import Tail, UnknownHead, find_tail
@@ -228,15 +230,11 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert figures["eval/token_accuracy"] == expected_figures["eval/token_accuracy"]
 
 
-CHECKPOINTED_LORA = ("llama", "gemma2", "phi")
 POINTS = [(family, adapter, checkpointing) for family in FAMILIES for adapter in ADAPTERS for checkpointing in (0, 1)]
-QUICK = [(it, "none", 0) for it in FAMILIES] + [(it, "lora", 1) for it in CHECKPOINTED_LORA]
+QUICK = [*((it, "none", 0) for it in ("llama", "gpt2", "cohere", "phi")), ("gemma2", "lora", 1)]
 
 
-@pytest.mark.parametrize(
-    ("family", "adapter", "checkpointing"),
-    [*QUICK, *(pytest.param(*it, marks=pytest.mark.slow) for it in POINTS if it not in QUICK)],
-)
+@pytest.mark.parametrize(("family", "adapter", "checkpointing"), covered(POINTS, QUICK))
 def test_the_loss_curve_of_every_family_is_the_one_of_whole_logits(
     ranks: Callable[[int], Any],
     make_model: Callable[..., Path],
@@ -259,9 +257,13 @@ def test_the_loss_curve_of_every_family_is_the_one_of_whole_logits(
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("tie", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+STAGES = list(itertools.product(range(4), ADAPTERS, (False, True)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "adapter", "tie"),
+    covered(STAGES, [(0, "none", True), (1, "lora", False), (2, "none", False), (3, "lora", False)]),
+)
 def test_the_loss_curve_on_two_ranks_is_the_one_of_whole_logits_at_every_zero_stage(
     ranks: Callable[[int], Any],
     make_model: Callable[..., Path],
@@ -300,8 +302,9 @@ def watched_head(rank: Any, overrides: list[str]) -> dict[str, Any]:
         return {"forward": sorted(set(in_forward)), "backward": sorted(set(in_backward)), "held": held}
 
 
-@pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(
+    ("adapter", "tie"), covered(itertools.product(ADAPTERS, (False, True)), [("none", False), ("lora", True)])
+)
 def test_under_zero_3_a_frozen_head_is_not_gathered_again_and_none_stays_whole(
     ranks: Callable[[int], Any], make_model: Callable[..., Path], overrides_of: OverridesOf, adapter: str, tie: bool
 ) -> None:
@@ -343,8 +346,7 @@ def without_targets(rank: Any, overrides: list[str]) -> dict[str, Any]:
         }
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(("stage", "adapter"), covered(itertools.product((0, 3), ADAPTERS), [(0, "lora"), (3, "none")]))
 def test_a_rank_without_targets_goes_along_and_adds_nothing(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int, adapter: str
 ) -> None:
@@ -433,6 +435,7 @@ def test_a_lora_on_the_head_keeps_whole_logits_and_says_so(
 # ---------------------------------------------------------------- bf16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_in_bf16_runs_with_kernels_and_without_end_within_the_noise_of_seeds(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, adapter: str

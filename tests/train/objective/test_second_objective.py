@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matrices import covered
 
 CONF = Path(__file__).parent / "conf"
 NUM_STEPS = 6
@@ -26,13 +27,10 @@ def train(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) 
     return rank.train_in_pieces(overrides, run_dir, stop_after, config_dir=CONF)
 
 
-POINTS = [(0, "none"), (1, "lora"), (2, "none"), (3, "lora")]
-SLOW = [(0, "lora"), (1, "none"), (2, "lora"), (3, "none")]
+POINTS = [(stage, adapter) for stage in range(4) for adapter in ("none", "lora")]
 
 
-@pytest.mark.parametrize(
-    ("stage", "adapter"), [*POINTS, *(pytest.param(*point, marks=pytest.mark.slow) for point in SLOW)]
-)
+@pytest.mark.parametrize(("stage", "adapter"), covered(POINTS, [(2, "none"), (3, "lora")]))
 def test_it_learns_evaluates_and_resumes_bitwise_as_on_one_rank(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, adapter: str
 ) -> None:

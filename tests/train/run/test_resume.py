@@ -1,5 +1,6 @@
 """A run that was stopped goes on with bitwise the losses of one that was left alone (invariant 5)."""
 
+import itertools
 import json
 import random
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matrices import covered
 
 TRAIN = Path(__file__).parents[3] / "launch/train.py"
 NUM_STEPS = 14
@@ -33,13 +35,7 @@ def overrides_of(short_run: Callable[..., list[str]], make_model: Callable[..., 
 @pytest.mark.row(17)
 @pytest.mark.parametrize(
     ("stage", "adapter"),
-    [
-        *((0, "none"), (1, "lora"), (2, "none"), (3, "lora")),
-        *(
-            pytest.param(*point, marks=pytest.mark.slow)
-            for point in ((0, "lora"), (1, "none"), (2, "lora"), (3, "none"))
-        ),
-    ],
+    covered(itertools.product(range(4), ADAPTERS), [(2, "none"), (3, "lora")], [(0, "none"), (1, "lora")]),
 )
 def test_losses_after_two_resumes_are_bitwise_those_of_one_run(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, adapter: str

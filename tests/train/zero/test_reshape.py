@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrices import covered
 
 from tunesmith.train.checkpoint import conversion
 from tunesmith.train.errors import TrainingError
@@ -143,9 +144,11 @@ ADAPTERS = {
     "last_layers": ["adapter=last_layers", "adapter.num_layers=1"],
 }
 CHAINS = [
-    ("last_layers", [(2, 2), (2, 3), (1, 1), (4, 0), (1, 2)]),
+    ("dora", [(2, 2), (1, 3)]),
+    ("none", [(1, 3), (2, 1)]),
 ]
 TORTURE = [
+    ("last_layers", [(2, 2), (2, 3), (1, 1), (4, 0), (1, 2)]),
     ("dora", [(world, 3) for world in ROUND]),
     *((adapter, [(world, stage) for world in ROUND]) for stage in (1, 2) for adapter in ("none", "dora")),
     ("none", [(world, 3) for world in ROUND]),
@@ -204,6 +207,7 @@ def whole(saved: str, folder: Path) -> dict[str, Any]:
 
 
 BITWISE = {
+    "bf16 in short": [(2, 1), (4, 1), (1, 3)],
     "fp32": [(2, 3), (4, 2), (1, 0), (2, 1), (4, 3), (2, 0)],
     # two micro batches a step on two ranks, one on four: at stage 1 another optimizer of DeepSpeed's each time
     "bf16": [(2, 1), (4, 1), (2, 3), (1, 0), (2, 1), (4, 2)],
@@ -213,12 +217,11 @@ BITWISE = {
 
 @pytest.mark.row(18)
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow), pytest.param("fp16", marks=pytest.mark.slow)]
-)
-def test_state_is_bitwise_the_same_in_every_shape(runs: Runs, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("chain", covered(BITWISE, ["bf16 in short"], ["bf16"]))
+def test_state_is_bitwise_the_same_in_every_shape(runs: Runs, tmp_path: Path, chain: str) -> None:
     """Weights, moments, numbers of updates, loss scale, counters."""
-    first, *others = BITWISE[precision]
+    first, *others = BITWISE[chain]
+    precision = chain.split()[0]
     answer = runs.piece(first, 2, None, f"engine.precision={precision}")
     expected = whole(answer["saved"], tmp_path)
     assert all(parameter["updates"] == 2 for parameter in expected["parameters"].values())
@@ -230,7 +233,7 @@ def test_state_is_bitwise_the_same_in_every_shape(runs: Runs, tmp_path: Path, pr
         assert whole(answer["saved"], tmp_path) == expected, shape
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (1, 3)])
+@pytest.mark.parametrize("shape", [pytest.param((2, 2), marks=pytest.mark.slow), (1, 3)])
 def test_settings_that_may_differ_are_those_of_the_config(runs: Runs, shape: Shape) -> None:
     saved = runs.piece((2, 2), 1, None)["saved"]
     changed = ["optimizer.weight_decay=0.3", "optimizer.eps=1e-6", "optimizer.max_grad_norm=0.25"]
@@ -374,7 +377,7 @@ def with_a_buffer(rank: Any, overrides: list[str], then: list[str], run_dir: str
         return loop.session.engine.module.router_bias.tolist()
 
 
-@pytest.mark.parametrize("stages", [(2, 3), (3, 1)])
+@pytest.mark.parametrize("stages", [pytest.param((2, 3), marks=pytest.mark.slow), (3, 1)])
 def test_persistent_buffers_are_taken_along(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stages: tuple[int, int]
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matrices import covered
 
 OverridesOf = Callable[..., list[str]]
 
@@ -58,8 +59,14 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.row(20)
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
-@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    covered(
+        itertools.product(("nan", "inf"), range(4)),
+        [("nan", 0), ("inf", 2), ("nan", 3)],
+        [("inf", 0), ("nan", 2), ("inf", 3)],
+    ),
+)
 def test_the_rank_and_the_records_of_a_loss_that_is_not_finite_are_named(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, kind: str
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matrices import covered
 
 TRAIN = Path(__file__).parents[4] / "launch/train.py"
 NUM_STEPS = 44
@@ -159,7 +160,7 @@ def test_two_spikes_are_both_rolled_back_from(
 
 
 @pytest.mark.row(20)
-@pytest.mark.parametrize("what", ["warn", "stop", "no checkpoint"])
+@pytest.mark.parametrize("what", covered(["warn", "stop", "no checkpoint"], ["stop"], ["warn", "no checkpoint"]))
 def test_a_spike_is_told_where_it_is_not_rolled_back_from(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, what: str
 ) -> None:

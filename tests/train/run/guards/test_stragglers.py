@@ -87,6 +87,8 @@ def overrides_of(short_run: Callable[..., list[str]]) -> Any:
     return lambda stage, num_steps: short_run(stage, num_steps, *own)
 
 
+@pytest.mark.torture
+@pytest.mark.slow  # it measures seconds: another program on the machine can hide the slow rank
 @pytest.mark.row(23)
 @pytest.mark.parametrize(("stage", "phase"), [(2, "forward"), (3, "reading data")])
 def test_a_rank_that_sleeps_in_a_real_run_is_named_within_20_steps(
@@ -102,6 +104,7 @@ def test_a_rank_that_sleeps_in_a_real_run_is_named_within_20_steps(
     assert all(slow > 0.3 > 3 * fast for fast, slow in found["busy"][2:])  # the wait for rank 1 is no work of rank 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_well_names_nobody(ranks: Callable[[int], Any], overrides_of: Any) -> None:
     found = ranks(2).run(slept, overrides=overrides_of(1, 60), faults="")[0]
     assert found["warnings"] == []
