@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster torture test-gpu lint format docs bench bench-gpu bench-crash kernels-check kernels-report clean
+.PHONY: help demo test test-slow test-cluster test-all torture planted test-gpu lint format docs bench bench-gpu bench-crash kernels-check kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -21,11 +21,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## fine-tune the support bot on two ranks, then ask it every question it should know
 	$(BIN)/python launch/demo.py
 
-test: $(INSTALLED)  ## the tests
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not torture and not cluster and not gpu"
+test: $(INSTALLED)  ## the tests, in less than five minutes
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not torture and not cluster and not gpu"
 
 test-slow: $(INSTALLED)  ## the wide matrices, which take longer
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not cluster and not gpu"
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
 
 # One after the other: ranks that wait for a core too long are taken for dead ones.
 test-cluster: $(INSTALLED)  ## jobs on a real SLURM and hosts with networks of their own, on this machine; as root
@@ -34,6 +34,11 @@ test-cluster: $(INSTALLED)  ## jobs on a real SLURM and hosts with networks of t
 
 torture: $(INSTALLED)  ## every fault of the torture table, written into docs/reliability.md
 	$(BIN)/pytest -n 2 --dist loadscope -m "row and (torture or not slow) and not cluster and not gpu" -q --torture-table=docs/reliability.md tests
+
+test-all: test test-slow torture test-cluster  ## every test that needs no GPU
+
+planted: $(INSTALLED)  ## plant each fault of tests/planted in a copy, and show the test that falls
+	$(BIN)/python tests/planted/plant.py
 
 # Kernels are compiled by four processes at once: that is what their tests wait for.
 test-gpu: $(INSTALLED)  ## what only a GPU can show
