@@ -7,16 +7,15 @@ cannot be run quote them too.
 import base64
 import os
 import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+from zygote import Zygote
 
-ROOT = Path(__file__).parents[2]
+Ran = Callable[..., tuple[subprocess.CompletedProcess[str], Path]]
 SECRETS = {
     "HF_TOKEN": "hf_Kanarie0" + "aQ7" * 9,
     "WANDB_API_KEY": "5e1f" * 10,
@@ -32,6 +31,15 @@ QUOTING_NAMES = (  # what a person may do, with the secrets that the environment
     "name=bot-${oc.env:HF_TOKEN}",
     "track.project=${oc.env:OPENAI_API_KEY}-${oc.env:AWS_SECRET_ACCESS_KEY}",
 )
+TRAIN = """
+import sys
+from tunesmith.launch.arguments import main
+from tunesmith.launch.train import train
+
+def run(arguments):
+    sys.argv = ["train.py", *arguments]
+    main(train)
+"""
 # The training fails in its second step, with an error that quotes every secret it can know.
 FAILING = """
 import os, sys
@@ -39,9 +47,13 @@ from tunesmith.launch.arguments import main
 from tunesmith.launch.train import train
 import tunesmith.train.run.run
 
-prepare = tunesmith.train.run.run.prepare
+def run(arguments):
+    sys.argv = ["train.py", *arguments]
+    prepare = tunesmith.train.run.run.prepare
+    tunesmith.train.run.run.prepare = lambda *given, **options: with_a_broken_step(prepare, *given, **options)
+    main(lambda arguments: train(arguments[:-1]))
 
-def with_a_broken_step(*arguments, **options):
+def with_a_broken_step(prepare, *arguments, **options):
     import tunesmith.train.run.loop as loop
     step = loop.optimizer_step
     steps = []
@@ -58,9 +70,6 @@ def with_a_broken_step(*arguments, **options):
 
 def secret():
     return next(text for text in sys.argv if "password" in text).rsplit("=", 1)[1].strip("'")
-
-tunesmith.train.run.run.prepare = with_a_broken_step
-main(lambda arguments: train(arguments[:-1]))
 """
 
 
@@ -83,8 +92,11 @@ def found_in(folder: Path, *texts: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[subprocess.CompletedProcess[str], Path]]:
-    """ran("name", code, *arguments) runs Python with the secrets around it; all it can write to lies in one folder."""
+def ran(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """ran("name", code, *arguments) calls run(arguments) of a program with the secrets around it.
+
+    All it can write to lies in one folder.
+    """
     own = tmp_path_factory.mktemp("own")  # what the person has: their files may hold secrets
     (own / "exp").mkdir()
     (own / "exp/mine.yaml").write_text(
@@ -96,7 +108,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[subproc
     (home / ".netrc").write_text(f"machine api.wandb.ai login user password {SECRETS['netrc']}\n")
     (home / ".netrc").chmod(0o600)
 
-    def run(name: str, code: str, *more: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    def run(name: str, program: str, *more: str) -> tuple[subprocess.CompletedProcess[str], Path]:
         folder = tmp_path_factory.mktemp(name)
         dropped = ("WANDB_", "SLURM_", "RANK", "TUNESMITH")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
@@ -105,31 +117,18 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[subproc
         environment = kept | {key: str(value) for key, value in ours.items()}
         environment |= {key: SECRETS[key] for key in IN_ENVIRONMENT}
         script = own / "script.py"
-        script.write_text(textwrap.dedent(code))
+        script.write_text(program)
         arguments = [f"--config-dir={own}", "+exp=[debug,mine]", f"data.train={own}/rows.jsonl", "data.validation=[]"]
         arguments += ["evaluate.generate=false", "evaluate.every_steps=null", "batch.sequence_length=128"]
         arguments += [f"output_dir={folder}/run", "track=wandb", "track.wandb=offline", "schedule.max_steps=2"]
         arguments += ["checkpoint.every_steps=1", f"track.group='password={SECRETS['override']}'"]
-        done = subprocess.run(
-            [sys.executable, str(script), *arguments, *more],
-            env=environment,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        out, err, arguments = own / f"{name}.out", own / f"{name}.err", [*arguments, *more]
+        task = {"cwd": folder, "stdout": out, "stderr": err, "env": environment}
+        code = zygote.fork(script, "run", {"arguments": arguments}, **task).wait(200)
+        done = subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
         return done, folder
 
     return run
-
-
-TRAIN = """
-from tunesmith.launch.arguments import main
-from tunesmith.launch.train import train
-main(train)
-"""
-Ran = Callable[..., tuple[subprocess.CompletedProcess[str], Path]]
 
 
 @pytest.mark.row(32)

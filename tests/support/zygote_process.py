@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -64,6 +65,7 @@ def child(task: dict[str, Any]) -> None:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(task["env"])
+    tempfile.tempdir = None  # TMPDIR may be another
     os.chdir(task["cwd"])
     written = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     os.dup2(os.open(task["stdin"], os.O_RDONLY), 0)
