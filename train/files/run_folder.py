@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -130,11 +131,17 @@ def hold(folder: Path, token: Token | None = None) -> FileLock:
 
 def is_finished(folder: Path) -> bool:
     """True when the folder holds a run that has come to its end, with its model."""
+    return finished_summary(folder) is not None
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """What a run that has come to its end, with its model, wrote in summary.json; None where there is none."""
     try:
-        status = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return status == "finished" and (folder / MODEL).is_dir()
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        has_ended = summary["status"] == "finished" and (folder / MODEL).is_dir()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return summary if has_ended else None
 
 
 def check_writable(folder: Path, needed_bytes: int = SPARE_BYTES) -> None:

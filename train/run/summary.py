@@ -1,10 +1,12 @@
 """The run in words: what is about to happen, and what came of it."""
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tunesmith.train.checkpoint import fingerprint
 from tunesmith.train.config.config import AdapterKind, Packing
 from tunesmith.train.files import run_folder
 from tunesmith.train.run.setup import Run, Session
@@ -95,6 +97,7 @@ def summarise(run: Run, session: Session, *, evaluation: dict[str, float], proof
             "saved": proof,
         },
         "data": run.data.report.as_dict(),
+        "identity": asdict(fingerprint.of_finished(run.config, run.world, run.data.fingerprint)),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft", "triton")}
         | {"python": platform.python_version()},
     }
