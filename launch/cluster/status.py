@@ -18,6 +18,7 @@ from tunesmith.launch.arguments import run_argument, show_help
 from tunesmith.launch.cluster.job_folder import JobFolder, find_job, run_folder_of
 from tunesmith.launch.cluster.log_file import tail_rows
 from tunesmith.launch.cluster.queue import job_facts
+from tunesmith.train.config import yaml_text
 from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.files import manifest
 from tunesmith.train.files.run_folder import SUMMARY
@@ -88,7 +89,7 @@ def _job(job: JobFolder) -> Tree:
 
 def _max_restarts(run: Path) -> int | None:
     with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
-        most = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["cluster"]["max_restarts"]
+        most = yaml_text.tree_of(yaml_text.read_text(run / "config.yaml"))["cluster"]["max_restarts"]
         return most if isinstance(most, int) else None
     return None
 

@@ -13,14 +13,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from tunesmith.train.config import yaml_text
 from tunesmith.train.config.config import Config
 from tunesmith.train.config.hydra_text import quoted
 from tunesmith.train.config.origins import Origins, one_line
@@ -65,6 +69,24 @@ def schema_keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
     return keys
 
 
+class OwnFiles(FileConfigSource):  # type: ignore[misc]
+    """A person's own folder: every file that Hydra opens there, by whatever defaults list, is read with bounds first."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "own"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Raises ConfigError."""
+        path = Path(self.path, self._normalize_file_name(config_path))
+        if path.is_file():
+            try:
+                yaml_text.tree_of(yaml_text.read_text(path))
+            except yaml.YAMLError as error:
+                raise not_yaml(error, path) from None
+        return super().load_config(config_path)
+
+
 def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> Composed:
     """Composes the shipped conf/ (and the user's config_dir, searched beside it) with the overrides.
 
@@ -87,7 +109,8 @@ def compose_tree(overrides: Sequence[str], config_dir: Path | None = None) -> Di
     ConfigStore.instance().store(name="schema", node=Config)
     arguments = [admit_raw_key(override) for override in overrides]
     if config_dir:
-        arguments.append(f"hydra.searchpath=[{quoted(f'file://{config_dir}')}]")
+        Plugins.instance().register(OwnFiles)
+        arguments.append(f"hydra.searchpath=[{quoted(f'{OwnFiles.scheme()}://{config_dir}')}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="tunesmith"):
         return compose("config", arguments)
@@ -99,7 +122,10 @@ def load_resolved(path: Path) -> Config:
     It was written with every value resolved: a ${...} was added later, and would read the environment of this process.
     """
     with _errors_in_our_words(Origins([], [path.parent])):
-        loaded = OmegaConf.load(path)
+        try:
+            loaded = yaml_text.omegaconf_of(yaml_text.read_text(path))
+        except yaml.YAMLError as error:
+            raise not_yaml(error, path) from None
         if interpolation := _first_interpolation(OmegaConf.to_container(loaded)):
             raise ConfigError(
                 f"{interpolation!r} is in the config of a run, which holds plain values.",

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from tunesmith.train.config import yaml_text
 from tunesmith.train.config.config import Config
 from tunesmith.train.config.origins import Origins, line_of_key, shown
 from tunesmith.train.config.suggest import did_you_mean, nearest
@@ -40,8 +41,8 @@ def check_own_folder(folder: Path, origins: Origins, options: Options) -> None:
 
 def _check_file(path: Path, group: str, options: Options) -> None:
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
+        text = yaml_text.read_text(path)
+        tree = yaml_text.tree_of(text)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"not UTF-8 at byte {error.start + 1}.", at=shown(path), do="save the file as UTF-8."
@@ -56,9 +57,9 @@ def _check_file(path: Path, group: str, options: Options) -> None:
             at=f"{shown(path)}:1",
             do="make `# @package _global_` its first line.",
         )
-    if number := _sexagesimal(yaml.compose(text, Loader=yaml.SafeLoader)):
+    if number := _sexagesimal(yaml_text.nodes_of(text)):
         raise ConfigError(
-            f"{number.value} without quotes is the number {yaml.safe_load(number.value)} in yaml.",
+            f"{number.value} without quotes is the number {yaml_text.tree_of(number.value)} in yaml.",
             at=f"{shown(path)}:{number.start_mark.line + 1}",
             do=f'write it in quotes: "{number.value}".',
         )
@@ -140,4 +141,5 @@ def not_yaml(error: yaml.YAMLError, path: Path | None = None) -> ConfigError:
         path = Path(mark.name)
     at = "config files" if path is None else f"{shown(path)}:{mark.line + 1}" if mark else shown(path)
     problem = getattr(error, "problem", None) or " ".join(str(error).split())
-    return ConfigError(f"not valid yaml: {problem}.", at=at, do="correct that line.")
+    what = "this yaml is not read" if isinstance(error, yaml_text.NotBuilt) else "not valid yaml"
+    return ConfigError(f"{what}: {problem}.", at=at, do="correct that line.")
