@@ -29,6 +29,7 @@ from tunesmith.launch.host_run import HostRun, check_hosts
 from tunesmith.launch.hostfile import Host, read_hostfile
 from tunesmith.train.config.config import ClusterKind, Device
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import user_path
 from tunesmith.train.ranks.stop import end
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
@@ -82,6 +83,7 @@ def hosts(arguments: list[str]) -> None:
 def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
     """From the command line; checks files, not machines. Raises ConfigError."""
     from tunesmith.train.config.compose import compose_config
+    from tunesmith.train.config.override_text import quoted
     from tunesmith.train.files import run_folder
 
     port, rest = take_option(arguments, "--master-port")
@@ -89,7 +91,7 @@ def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"{port} is no port.", at="--master-port", do="give a number from 1024 to 65535.")
     config_dir, overrides = take_option(rest, "--config-dir")
-    own = None if config_dir is None else Path(config_dir).expanduser().absolute()
+    own = None if config_dir is None else user_path(config_dir).absolute()
     if not any(sets(override, "cluster") for override in overrides):
         overrides = ["cluster=hostfile", *overrides]
     composed = compose_config(overrides, own)
@@ -103,7 +105,7 @@ def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
             )
         if cluster.hostfile is None:
             raise ConfigError("no hostfile is named.", key="cluster.hostfile", do="add cluster.hostfile=<file>.")
-        hostfile = Path(cluster.hostfile).expanduser().absolute()
+        hostfile = user_path(cluster.hostfile).absolute()
         found = read_hostfile(hostfile)
         run_dir = run_folder.choose(composed.config)
         run_folder.check_usable(run_dir, composed.config.resume.source)
@@ -116,7 +118,7 @@ def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
     for name in SET_BY_THE_LAUNCHER:
         variables.pop(name, None)
     kept = [override for override in overrides if not sets(override, "output_dir")]
-    sent = [*(["--config-dir", str(own)] if own else []), *kept, f"output_dir={run_dir}"]
+    sent = [*(["--config-dir", str(own)] if own else []), *kept, f"output_dir={quoted(str(run_dir))}"]
     return HostLaunch(found, hostfile, run_dir, sent, variables, port, cluster.preflight, cluster.device)
 
 

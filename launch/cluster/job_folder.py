@@ -19,6 +19,7 @@ from tunesmith.launch.cluster.job_spec import FOLDER, JobSpec
 from tunesmith.launch.cluster.queue import JOB_ID
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import durable
+from tunesmith.train.paths import user_path
 
 RANK_LOG = re.compile(r"rank-(\d+)\.log")
 
@@ -77,7 +78,7 @@ class JobFolder:
 
 def run_folder_of(text: str) -> Path:
     """The folder of a run, or of a job that has not started yet. Raises ConfigError when it is none."""
-    folder = Path(text).expanduser().absolute()
+    folder = user_path(text).absolute()
     if not (folder / "config.yaml").is_file() and not (folder / FOLDER / "job.json").is_file():
         raise ConfigError(
             f"{text!r} is not a run folder: it has neither a config.yaml nor a job/job.json.",

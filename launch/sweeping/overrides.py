@@ -53,7 +53,7 @@ def read_command_line(typed: Sequence[str], folders: Sequence[Path]) -> CommandL
     for text in typed:
         if text.startswith("-"):
             raise ConfigError(f"{text!r} is not understood.", at="command line", do="see launch/sweep.py --help.")
-        override = parse_override(text)
+        override = parse_override(text, several=True)
         key = override.key_or_group
         if key == SEARCH_SPACES:
             if line.space is not None:

@@ -1,6 +1,7 @@
 """A run that has finished: the same command says so, and one with other settings is refused by name."""
 
 import json
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,15 +9,14 @@ from typing import Any
 
 import pytest
 
+from tunesmith.train.config.override_text import typed
+from tunesmith.train.run.summary import end_rows
+
 ROWS = '{"prompt": "How do I log in?", "completion": "With your e-mail."}\n'
-SMALL = ("+exp=debug", "data.validation=[]", "evaluate.every_steps=null", "evaluate.generate=false")
-SETTINGS = (
-    *SMALL,
-    "batch.sequence_length=128",
-    "schedule.max_steps=1",
-    "data.train=data.jsonl",
-    "data.cache_dir=cache",
-)
+FOLDER = "l'été (1), a=b [2] $HOME"  # as people call them
+DATA = (f"data.train={FOLDER}/données (1).jsonl", f"data.cache_dir={FOLDER}/~cache", "data.validation=[]")
+SMALL = ("+exp=debug", "evaluate.every_steps=null", "evaluate.generate=false", "batch.sequence_length=128")
+SETTINGS = (*SMALL, *DATA, "schedule.max_steps=1")
 NO_CHECKPOINT = ("adapter=lora", "adapter.r=2", "checkpoint.every_steps=null", "checkpoint.at_end=false")
 Run = Callable[..., dict[str, Any]]
 
@@ -25,9 +25,10 @@ Run = Callable[..., dict[str, Any]]
 def again(command: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """again(*overrides) starts the command of a finished adapter run without checkpoints, with further overrides."""
     root = tmp_path_factory.mktemp("finished")
-    (root / "data.jsonl").write_text(ROWS)
+    (root / FOLDER).mkdir()
+    (root / FOLDER / "données (1).jsonl").write_text(ROWS)
     (root / "other.jsonl").write_text(ROWS * 2)
-    start = partial(command, "train", root, *SETTINGS, *NO_CHECKPOINT, 'output_dir="it\'s done"')
+    start = partial(command, "train", root, *SETTINGS, *NO_CHECKPOINT, f"output_dir={FOLDER}/it's done")
     first = start()
     assert first["code"] == 0, first["stderr"]
     return start
@@ -60,8 +61,8 @@ def test_other_settings_are_refused_by_name_and_leave_all_as_it_is(again: Run, o
     assert ";" not in what, "one difference, one name"
     assert at.endswith("/it's done")
     key = DIFFERENCES[override].partition(":")[0]
-    steps = f"resume.source='{at.removeprefix('  at: ')}'".replace("it's", "it'\"'\"'s") + " and another output_dir"
-    assert (steps if "steps" in key else f"resume.allow=[{key}]") in do
+    on_from_it = typed("resume.source", at.removeprefix("  at: "))
+    assert (f"{on_from_it} and another output_dir" if "steps" in key else f"resume.allow=[{key}]") in do
     assert answer["left"] == []
 
 
@@ -74,6 +75,13 @@ def test_what_is_allowed_to_differ_is_said_and_all_names_are_given_at_once(again
     assert "resume.allow=[adapter.r]" in both["stderr"]
     typo = again("resume.allow=[sed]")
     assert "resume.allow names 'sed', which is not compared. Did you mean seed?" in typo["stderr"]
+
+
+def test_the_command_to_talk_to_it_can_be_pasted(tmp_path: Path) -> None:
+    run_dir = tmp_path / FOLDER
+    summary: dict[str, Any] = {"steps": 1, "epochs": 1.0, "eval": {}, "model": {"saved": ""}}
+    command = dict(end_rows(summary, run_dir))["talk to it"]
+    assert shlex.split(command) == ["python", "launch/chat.py", f"run={run_dir}"]
 
 
 def test_a_run_that_did_not_say_what_it_was_is_finished(again: Run, tmp_path: Path) -> None:

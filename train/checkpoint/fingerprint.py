@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,6 +11,7 @@ from torch import nn
 
 from tunesmith.train.checkpoint.find import OWNER
 from tunesmith.train.config.config import AdapterKind, Config
+from tunesmith.train.config.override_text import typed
 from tunesmith.train.config.suggest import did_you_mean, nearest
 from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.files.manifest import Identity, plain
@@ -77,7 +77,7 @@ def compare_finished(saved: Identity, current: Identity, allow: list[str], run_d
     refused = {key: words for key, words in different.items() if key not in allow}
     if refused or steps:
         allowed = f"say that it may differ with resume.allow=[{','.join(refused)}], " if refused else ""
-        on = f"train on from it with resume.source={shlex.quote(str(run_dir))} and " if steps else "start anew with "
+        on = f"train on from it with {typed('resume.source', run_dir)} and " if steps else "start anew with "
         raise TrainingError(
             f"the run there is finished, and is another one. {'; '.join((refused | steps).values())}.",
             at=str(run_dir),

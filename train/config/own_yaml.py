@@ -11,6 +11,7 @@ import yaml
 from tunesmith.train.config import yaml_text
 from tunesmith.train.config.config import Config
 from tunesmith.train.config.origins import Origins, line_of_key, shown
+from tunesmith.train.config.override_text import typed
 from tunesmith.train.config.suggest import did_you_mean, nearest
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.paths import CONF_DIR
@@ -125,7 +126,7 @@ def check_option(group: str, option: object, known: list[str], at: str) -> None:
         raise ConfigError(
             f"resume has no option {option!r}: it is auto or never.",
             at=at,
-            do=f"write resume.source={option} to go on from that folder." if option else "leave it out.",
+            do=f"write {typed('resume.source', option)} to go on from that folder." if option else "leave it out.",
         )
     raise ConfigError(
         f"{group} has no option {option!r}.{did_you_mean(nearest(str(option), known))}",

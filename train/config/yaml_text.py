@@ -24,7 +24,7 @@ class NotBuilt(yaml.MarkedYAMLError):
 class _Loader(yaml.SafeLoader):
     """As OmegaConf's: 2026-01-31 is a text."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers = {  # noqa: RUF012
         letter: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
         for letter, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -94,7 +94,7 @@ def check(text: str) -> None:
         elif isinstance(event, yaml.AliasEvent) and event.anchor in [one.anchor for one in path]:
             problem = f"*{event.anchor} stands for what it is part of"
         elif isinstance(event, yaml.AliasEvent | yaml.ScalarEvent):
-            value = closed.get(event.anchor, SCALAR) if isinstance(event, yaml.AliasEvent) else SCALAR
+            value = closed.get(str(event.anchor), SCALAR) if isinstance(event, yaml.AliasEvent) else SCALAR
             path[-1].take(value)
             num_values += value.num_values
         if len(path) - 1 + path[-1].height > MAX_DEPTH:
@@ -102,4 +102,4 @@ def check(text: str) -> None:
         elif num_values > MAX_VALUES:
             problem = f"it has more than {MAX_VALUES:,} values once every alias is written out"
         if problem:
-            raise NotBuilt(problem=problem, problem_mark=event.start_mark)
+            raise NotBuilt(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]  # or one of C

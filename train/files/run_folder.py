@@ -15,6 +15,7 @@ from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import step_folders
 from tunesmith.train.files.durable import HIDDEN_PREFIX, write_atomically
 from tunesmith.train.files.fence import Token, supersedes
+from tunesmith.train.paths import user_path
 
 MODEL = "model"  # what the run leaves behind
 CONFIG = "config.yaml"
@@ -30,7 +31,7 @@ def choose(config: Config) -> Path:
             raise ConfigError(
                 f"{config.output_dir!r} cannot name a folder.", key="output_dir", do="use characters that can be seen."
             )
-        return Path(os.path.expanduser(config.output_dir)).absolute()  # leaves a ~name of nobody as it is
+        return user_path(config.output_dir).absolute()
     return Path("runs", f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
 
 

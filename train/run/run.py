@@ -20,6 +20,7 @@ from tunesmith.train.files.manifest import Identity
 from tunesmith.train.model.kernel_choice import choose_kernels
 from tunesmith.train.model.load import check_model
 from tunesmith.train.objective.objective import Objective, make_objective
+from tunesmith.train.paths import user_path
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.phases import Phase
@@ -140,6 +141,6 @@ def _close(reporter: Reporter, config: Config, line: str) -> None:
 
 def _make_absolute(composed: Composed) -> None:
     """A model folder is written down so that chat and export find it from anywhere."""
-    folder = Path(composed.config.model.name_or_path).expanduser()
+    folder = user_path(composed.config.model.name_or_path)
     if folder.is_dir():
         composed.config.model.name_or_path = composed.resolved["model"]["name_or_path"] = str(folder.absolute())

@@ -1,6 +1,7 @@
 """The run in words: what is about to happen, and what came of it."""
 
 import platform
+import shlex
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -110,5 +111,5 @@ def end_rows(summary: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
         *[(f"eval {name.replace('_', ' ')}", f"{value:.4f}") for name, value in summary["eval"].items()],
         ("model", f"{run_dir / run_folder.MODEL} ({summary['model']['saved']})"),
         ("report", str(run_dir / "report.html")),
-        ("talk to it", f"python launch/chat.py run={run_dir}"),
+        ("talk to it", f"python launch/chat.py {shlex.quote(f'run={run_dir}')}"),
     ]

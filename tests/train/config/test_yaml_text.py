@@ -1,4 +1,4 @@
-"""Yaml that would take all memory, all stack or all day: one error with its line, in every file a person can hand us."""
+"""Yaml that would take all memory, all stack or all day: one error with its line, in every file of a person."""
 
 import tracemalloc
 from collections.abc import Callable
