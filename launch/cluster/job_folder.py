@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from tunesmith.launch.cluster.events import events_of
+from tunesmith.launch.cluster.figures import count, moment
 from tunesmith.launch.cluster.job_spec import FOLDER, JobSpec
 from tunesmith.launch.cluster.queue import JOB_ID
 from tunesmith.train.errors import ConfigError
@@ -112,8 +113,8 @@ def find_job(run: Path) -> JobFolder | None:
     return JobFolder(
         run,
         job_id,
-        float(submitted) if isinstance(submitted, int | float) else None,
-        most if isinstance(most, int) else None,
+        moment(submitted),
+        count(most),
     )
 
 
