@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.launch.arguments import main
-from tunesmith.train.config.override_text import quoted
+from tunesmith.train.config.override_text import override_of
 from tunesmith.train.errors import TrainingError
 
 TRAIN_BAR, HELDOUT_BAR = 0.95, 0.80  # exact answers that the demo must reach
@@ -23,7 +23,7 @@ def demo(arguments: list[str]) -> None:
     started = time.monotonic()
     run_dir = Path("runs", f"demo-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    overrides = ["+exp=support_bot", f"output_dir={quoted(str(run_dir))}", *arguments]
+    overrides = ["+exp=support_bot", override_of("output_dir", run_dir), *arguments]
     ranks = 1 if torch.cuda.device_count() == 1 else 2  # two on the CPU, and on two GPUs or more
     _call([launcher, "--num_gpus", str(ranks), "launch/train.py", *overrides])
     train = _ask_all(run_dir, "train")

@@ -83,7 +83,7 @@ def hosts(arguments: list[str]) -> None:
 def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
     """From the command line; checks files, not machines. Raises ConfigError."""
     from tunesmith.train.config.compose import compose_config
-    from tunesmith.train.config.override_text import quoted
+    from tunesmith.train.config.override_text import override_of
     from tunesmith.train.files import run_folder
 
     port, rest = take_option(arguments, "--master-port")
@@ -118,7 +118,7 @@ def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
     for name in SET_BY_THE_LAUNCHER:
         variables.pop(name, None)
     kept = [override for override in overrides if not sets(override, "output_dir")]
-    sent = [*(["--config-dir", str(own)] if own else []), *kept, f"output_dir={quoted(str(run_dir))}"]
+    sent = [*(["--config-dir", str(own)] if own else []), *kept, override_of("output_dir", run_dir)]
     return HostLaunch(found, hostfile, run_dir, sent, variables, port, cluster.preflight, cluster.device)
 
 

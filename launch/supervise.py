@@ -27,7 +27,7 @@ from types import FrameType
 from tunesmith.launch.arguments import main, take_option
 from tunesmith.launch.training_process import TrainingProcess
 from tunesmith.train.config.compose import parse_override
-from tunesmith.train.config.override_text import quoted
+from tunesmith.train.config.override_text import override_of
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
 from tunesmith.train.files.step_folders import newest_checkpoint
 from tunesmith.train.paths import user_path
@@ -89,7 +89,7 @@ def with_output_dir(command: Sequence[str]) -> tuple[list[str], Path]:
     if named and named[-1] is not None:
         return list(command), user_path(str(named[-1])).absolute()
     folder = Path("runs", f"supervised-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    return [*command, f"output_dir={quoted(str(folder))}"], folder
+    return [*command, override_of("output_dir", folder)], folder
 
 
 class Supervisor:

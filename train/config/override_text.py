@@ -66,10 +66,15 @@ def hydra_form(override: str, *, several: bool = False) -> str:
     return f"{head}{quoted(value)}"
 
 
-def typed(key: str, value: object) -> str:
-    """`key=value` for a person to type in a shell."""
+def override_of(key: str, value: object) -> str:
+    """The override that gives a path or text to a setting: quoted only where it would mean something else."""
     plain, safe = f"{key}={value}", f"{key}={quoted(str(value))}"
-    return shlex.quote(plain if hydra_form(plain) == safe else safe)
+    return plain if hydra_form(plain) == safe else safe
+
+
+def typed(key: str, value: object) -> str:
+    """As override_of(), for a person to type in a shell."""
+    return shlex.quote(override_of(key, value))
 
 
 def parsed(override: str) -> Override | None:
