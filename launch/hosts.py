@@ -14,7 +14,6 @@ Options:
 """
 
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -33,7 +32,6 @@ from tunesmith.train.paths import user_path
 from tunesmith.train.ranks.stop import end
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
-PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # what the shell on the other machine leaves as it is
 SET_BY_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
 DEEPSPEED_ENV = ".deepspeed_env"
 
@@ -109,10 +107,10 @@ def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
         found = read_hostfile(hostfile)
         run_dir = run_folder.choose(composed.config)
         run_folder.check_usable(run_dir, composed.config.resume.source)
-        for path in (Path.cwd(), run_dir, hostfile, TRAIN, Path(sys.executable)):
-            if not PLAIN.fullmatch(str(path)):
+        for path in (Path.cwd(), TRAIN, Path(sys.executable)):
+            if not start_file.PLAIN.fullmatch(str(path)):
                 raise _not_plain(str(path), "the path")
-        if not PLAIN.fullmatch(env.get("PYTHONPATH", "-")):
+        if not start_file.PLAIN.fullmatch(env.get("PYTHONPATH", "-")):
             raise _not_plain(env["PYTHONPATH"], "PYTHONPATH")
         variables = chosen(cluster.env, env)
     for name in SET_BY_THE_LAUNCHER:
@@ -133,7 +131,7 @@ def _not_plain(text: str, what: str) -> ConfigError:
 def command(launch: HostLaunch, start: Path) -> list[str]:
     """What starts the ranks. --force_multi: deepspeed takes a single host for this one, whatever its name."""
     options = ["--hostfile", str(launch.hostfile), "--force_multi", "--master_port", launch.master_port]
-    return [_program("deepspeed"), *options, str(TRAIN), "--start", str(start)]
+    return [_program("deepspeed"), *options, str(TRAIN), "--start", start_file.as_word(start)]
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:

@@ -31,7 +31,7 @@ def compose_and_train(arguments: list[str]) -> None:
     """Composes and checks the config before anything heavy is imported, then runs."""
     start, arguments = take_option(arguments, "--start")
     if start is not None:  # by launch/hosts.py; first, as libraries read variables while they are imported
-        arguments = start_file.take(Path(start))
+        arguments = start_file.take(start_file.from_word(start))
     from tunesmith.train.config.compose import compose_config
     from tunesmith.train.paths import CONF_DIR, user_path
 
