@@ -15,14 +15,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -30,7 +28,7 @@ from tunesmith.train.config import yaml_text
 from tunesmith.train.config.config import Config
 from tunesmith.train.config.origins import Origins, one_line
 from tunesmith.train.config.override_text import hydra_form, quoted, typed
-from tunesmith.train.config.own_yaml import check_option, check_own_folder, not_yaml
+from tunesmith.train.config.own_yaml import OwnFiles, check_option, check_own_folder, not_yaml
 from tunesmith.train.config.suggest import did_you_mean, suggest_key
 from tunesmith.train.errors import ConfigError, TunesmithError
 from tunesmith.train.paths import CONF_DIR, user_path
@@ -70,24 +68,6 @@ def schema_keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
         if is_dataclass(hint):
             keys |= schema_keys(hint, f"{key}.")  # type: ignore[arg-type]
     return keys
-
-
-class OwnFiles(FileConfigSource):
-    """A person's own folder: every file that Hydra opens there, by whatever defaults list, is checked first."""
-
-    @staticmethod
-    def scheme() -> str:
-        return "own"
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        """Raises ConfigError."""
-        path = Path(self.path, self._normalize_file_name(config_path))
-        if path.is_file():
-            try:
-                yaml_text.tree_of(yaml_text.read_text(path))
-            except yaml.YAMLError as error:
-                raise not_yaml(error, path) from None
-        return super().load_config(config_path)
 
 
 def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> Composed:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.plugins.config_source import ConfigResult
 
 from tunesmith.train.config import yaml_text
 from tunesmith.train.config.config import Config
@@ -19,6 +21,36 @@ from tunesmith.train.paths import CONF_DIR
 GLOBAL_PACKAGE = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
 HYDRA_PACKAGE = re.compile(r"^#\s*@package\s+hydra\b|^\s*-\s*\S+@hydra\b", re.MULTILINE)
 Options = Callable[[str], list[str]]  # a group -> its options
+
+
+class OwnFiles(FileConfigSource):
+    """The folder, for Hydra: every file that it opens there, by whatever defaults list, is checked first."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "own"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Raises ConfigError."""
+        path = Path(self.path, self._normalize_file_name(config_path))
+        if path.is_file():
+            _read(path)
+        return super().load_config(config_path)
+
+
+def _read(path: Path) -> tuple[str, Any]:
+    """The text of a file and its tree. Raises ConfigError."""
+    try:
+        text = yaml_text.read_text(path)
+        return text, yaml_text.tree_of(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"not UTF-8 at byte {error.start + 1}.", at=shown(path), do="save the file as UTF-8."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"the file can't be read: {error.strerror}.", at=shown(path)) from None
+    except yaml.YAMLError as error:
+        raise not_yaml(error, path) from None
 
 
 def check_own_folder(folder: Path, origins: Origins, options: Options) -> None:
@@ -41,17 +73,7 @@ def check_own_folder(folder: Path, origins: Origins, options: Options) -> None:
 
 
 def _check_file(path: Path, group: str, options: Options) -> None:
-    try:
-        text = yaml_text.read_text(path)
-        tree = yaml_text.tree_of(text)
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"not UTF-8 at byte {error.start + 1}.", at=shown(path), do="save the file as UTF-8."
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"the file can't be read: {error.strerror}.", at=shown(path)) from None
-    except yaml.YAMLError as error:
-        raise not_yaml(error, path) from None
+    text, tree = _read(path)
     if group == "exp" and not GLOBAL_PACKAGE.search(text):
         raise ConfigError(
             "an experiment must say that its keys are those of the whole run.",

@@ -108,3 +108,11 @@ def test_what_is_within_the_bounds_is_read() -> None:
         "d": 2,
         "e": "2026-99-99",
     }
+
+
+def test_a_file_that_is_no_text_is_named_behind_a_defaults_list_too(tmp_path: Path) -> None:
+    write(tmp_path / "model/mine.yaml", "defaults: [inner, _self_]\n")
+    (tmp_path / "model/inner.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match="not UTF-8 at byte 4") as raised:
+        compose_config(["model=mine"], tmp_path)
+    assert str(raised.value.at).endswith("model/inner.yaml")
