@@ -46,7 +46,7 @@ def sick_nodes(folder: Path) -> dict[str, str]:
 def restarts_without_progress(rows: list[dict[str, Any]]) -> int:
     """How many of a job's last ends, in a row, came without a newer checkpoint than the ends before."""
     steps = [step for row in rows if row["event"] == "ended" and (step := count(row.get("step"))) is not None]
-    count = 0
+    in_vain = 0
     for number, step in enumerate(steps):
-        count = 0 if step > max(steps[:number], default=0) else count + 1
-    return count
+        in_vain = 0 if step > max(steps[:number], default=0) else in_vain + 1
+    return in_vain
