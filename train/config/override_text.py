@@ -55,11 +55,11 @@ def hydra_form(override: str, *, several: bool = False) -> str:
     if kind is None or _is_hydras(value):
         return override
     known = parsed(override)
-    if known is not None and _is_escaped(known, value):
+    if known is not None and (key not in PATHS or _is_escaped(known, value)):
         return override
     if kind is list and _is_list(value):
         return f"{head}{_items(value)}"
-    if known is not None and (key not in PATHS or (several and known.is_sweep_override())):
+    if known is not None and several and known.is_sweep_override():
         return override
     if several and known is None and "," in value:
         return f"{head}{','.join(map(_item, split_items(value)))}"
