@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tunesmith.train.errors import ConfigError, Stopped, TunesmithError
+from tunesmith.train.paths import user_path
 from tunesmith.train.ranks.stop import end, end_stopped, rank_in_environment, report_end
 from tunesmith.train.redact import print_traceback, redact_text, redact_uncaught
 
@@ -81,7 +82,7 @@ def whole_number(values: dict[str, str], key: str) -> int:
 
 def run_dir_of(text: str) -> Path:
     """The run folder a user named. Raises ConfigError when it is none."""
-    folder = Path(text).expanduser().absolute()
+    folder = user_path(text).absolute()
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
             f"{text!r} is not a run folder: it has no config.yaml.",

@@ -38,8 +38,12 @@ prints the config that a command line makes.
 | `batch.global_batch_size=64` | another value |
 | `+exp=support_bot` | an experiment: a file of `conf/exp/` that holds what differs. `+exp=[one,two]`: two changes one |
 | `data.train=[one.jsonl,two.jsonl]` | a list |
+| `"data.train=l'été/données (1).jsonl"` | a path as it is called, in quotes for your shell alone |
 | `schedule.epochs=null schedule.max_steps=500` | no value for one, a value for the other |
 | `engine.deepspeed.zero_optimization.reduce_bucket_size=50000000` | a raw DeepSpeed key |
+
+A path may hold any character. `./[a]` is a path and `[a]` a list, `./null` a path and `null` no value; all of the rule
+stands in `train/config/override_text.py`.
 
 What wins: the command line, then the experiment, then the option of the group, then `conf/config.yaml`.
 A key that does not exist, a value that does not fit and settings that contradict each other end the run before anything

@@ -1,6 +1,7 @@
 """The demo, as `make demo` runs it: train on two ranks, ask every question of both files, show one answer."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.launch.arguments import main
+from tunesmith.train.config.override_text import override_of
 from tunesmith.train.errors import TrainingError
 
 TRAIN_BAR, HELDOUT_BAR = 0.95, 0.80  # exact answers that the demo must reach
@@ -21,7 +23,7 @@ def demo(arguments: list[str]) -> None:
     started = time.monotonic()
     run_dir = Path("runs", f"demo-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    overrides = ["+exp=support_bot", f"output_dir={run_dir}", *arguments]
+    overrides = ["+exp=support_bot", override_of("output_dir", run_dir), *arguments]
     ranks = 1 if torch.cuda.device_count() == 1 else 2  # two on the CPU, and on two GPUs or more
     _call([launcher, "--num_gpus", str(ranks), "launch/train.py", *overrides])
     train = _ask_all(run_dir, "train")
@@ -47,7 +49,7 @@ def _ask_all(run_dir: Path, split: str) -> float:
 
 def _call(command: list[str], *, capture: bool = False) -> str:
     """Runs one command of the demo; shows what it prints, or returns it. Raises TrainingError when it fails."""
-    shown = " ".join(Path(command[0]).name if i == 0 else part for i, part in enumerate(command))
+    shown = shlex.join([Path(command[0]).name, *command[1:]])
     sys.stdout.write(f"\n$ {shown}\n")
     sys.stdout.flush()
     done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)

@@ -9,10 +9,10 @@ Prints exact match and ROUGE-L, and as the last line the same as JSON.
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from tunesmith.launch.arguments import key_values, main, run_dir_of, whole_number
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import user_path
 
 DEFAULTS = {"run": "", "data": "", "batch_size": "64", "max_new_tokens": "256", "out": ""}
 
@@ -50,7 +50,7 @@ def evaluate(arguments: list[str]) -> None:
         for question, answer in zip(questions, answers, strict=True)
     ]
     if values["out"]:
-        Path(values["out"]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        user_path(values["out"]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     table = [(name.removeprefix("eval/").replace("_", " "), f"{figure:.4f}") for name, figure in figures.items()]
     console.end([("questions", str(len(questions))), *table], f"{run_dir.name} on {values['data']}")
     console.close()

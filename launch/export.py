@@ -6,16 +6,16 @@ The merged weights are opened again and must give the adapter's logits.
 """
 
 import sys
-from pathlib import Path
 
 from tunesmith.launch.arguments import key_values, main, run_dir_of
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import user_path
 
 
 def export(arguments: list[str]) -> None:
     values = key_values(arguments, {"run": "", "out": ""}, (__doc__ or "").split("\n\n", 1)[1])
     run_dir = run_dir_of(values["run"])
-    out = Path(values["out"]).expanduser().absolute()
+    out = user_path(values["out"]).absolute()
     if not values["out"] or out.exists():
         problem = f"{out} is there already." if values["out"] else "no folder to write to."
         raise ConfigError(problem, at="out", do="add out=<a folder that does not exist>.")

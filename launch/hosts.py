@@ -14,7 +14,6 @@ Options:
 """
 
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -29,10 +28,10 @@ from tunesmith.launch.host_run import HostRun, check_hosts
 from tunesmith.launch.hostfile import Host, read_hostfile
 from tunesmith.train.config.config import ClusterKind, Device
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import user_path
 from tunesmith.train.ranks.stop import end
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
-PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # what the shell on the other machine leaves as it is
 SET_BY_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
 DEEPSPEED_ENV = ".deepspeed_env"
 
@@ -82,6 +81,7 @@ def hosts(arguments: list[str]) -> None:
 def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
     """From the command line; checks files, not machines. Raises ConfigError."""
     from tunesmith.train.config.compose import compose_config
+    from tunesmith.train.config.override_text import override_of
     from tunesmith.train.files import run_folder
 
     port, rest = take_option(arguments, "--master-port")
@@ -89,7 +89,7 @@ def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"{port} is no port.", at="--master-port", do="give a number from 1024 to 65535.")
     config_dir, overrides = take_option(rest, "--config-dir")
-    own = None if config_dir is None else Path(config_dir).expanduser().absolute()
+    own = None if config_dir is None else user_path(config_dir).absolute()
     if not any(sets(override, "cluster") for override in overrides):
         overrides = ["cluster=hostfile", *overrides]
     composed = compose_config(overrides, own)
@@ -103,20 +103,20 @@ def prepare(arguments: list[str], env: Mapping[str, str]) -> HostLaunch:
             )
         if cluster.hostfile is None:
             raise ConfigError("no hostfile is named.", key="cluster.hostfile", do="add cluster.hostfile=<file>.")
-        hostfile = Path(cluster.hostfile).expanduser().absolute()
+        hostfile = user_path(cluster.hostfile).absolute()
         found = read_hostfile(hostfile)
         run_dir = run_folder.choose(composed.config)
         run_folder.check_usable(run_dir, composed.config.resume.source)
-        for path in (Path.cwd(), run_dir, hostfile, TRAIN, Path(sys.executable)):
-            if not PLAIN.fullmatch(str(path)):
+        for path in (Path.cwd(), TRAIN, Path(sys.executable)):
+            if not start_file.PLAIN.fullmatch(str(path)):
                 raise _not_plain(str(path), "the path")
-        if not PLAIN.fullmatch(env.get("PYTHONPATH", "-")):
+        if not start_file.PLAIN.fullmatch(env.get("PYTHONPATH", "-")):
             raise _not_plain(env["PYTHONPATH"], "PYTHONPATH")
         variables = chosen(cluster.env, env)
     for name in SET_BY_THE_LAUNCHER:
         variables.pop(name, None)
     kept = [override for override in overrides if not sets(override, "output_dir")]
-    sent = [*(["--config-dir", str(own)] if own else []), *kept, f"output_dir={run_dir}"]
+    sent = [*(["--config-dir", str(own)] if own else []), *kept, override_of("output_dir", run_dir)]
     return HostLaunch(found, hostfile, run_dir, sent, variables, port, cluster.preflight, cluster.device)
 
 
@@ -131,7 +131,7 @@ def _not_plain(text: str, what: str) -> ConfigError:
 def command(launch: HostLaunch, start: Path) -> list[str]:
     """What starts the ranks. --force_multi: deepspeed takes a single host for this one, whatever its name."""
     options = ["--hostfile", str(launch.hostfile), "--force_multi", "--master_port", launch.master_port]
-    return [_program("deepspeed"), *options, str(TRAIN), "--start", str(start)]
+    return [_program("deepspeed"), *options, str(TRAIN), "--start", start_file.as_word(start)]
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:

@@ -6,8 +6,10 @@ On a command line everyone on those machines could see both, and a shell there w
 the file into the run folder, and removes it as soon as every rank has reported that it has read it.
 """
 
+import base64
 import json
 import os
+import re
 import secrets
 import stat
 import sys
@@ -21,6 +23,8 @@ from tunesmith.train.watch.node_facts import node_name
 
 FOLDER = ".tunesmith-start-"  # a run folder with nothing but this does not count as used
 FILE = "start.json"
+PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")  # what the shell on the other machine leaves as it is
+ENCODED = "base64:"
 WAIT_SECONDS = 15.0  # that a network file system may need to show it
 BEFORE_PYTHON = ("LD_", "PYTHON")  # what is read before a program's first line runs
 RESTARTED = "TUNESMITH_STARTED_ANEW"
@@ -46,6 +50,19 @@ def write(run_dir: Path, arguments: Sequence[str], env: Mapping[str, str]) -> Pa
         file.flush()
         os.fsync(file.fileno())
     return path
+
+
+def as_word(path: Path) -> str:
+    """The path for a command line that a shell on another machine reads, which deepspeed does not quote for it."""
+    text = str(path)
+    return text if PLAIN.fullmatch(text) else ENCODED + base64.urlsafe_b64encode(os.fsencode(text)).decode()
+
+
+def from_word(word: str) -> Path:
+    """What as_word() was given."""
+    if not word.startswith(ENCODED):
+        return Path(word)
+    return Path(os.fsdecode(base64.urlsafe_b64decode(word.removeprefix(ENCODED))))
 
 
 def ranks_of(path: Path) -> dict[int, RankProcess]:

@@ -26,8 +26,11 @@ from types import FrameType
 
 from tunesmith.launch.arguments import main, take_option
 from tunesmith.launch.training_process import TrainingProcess
+from tunesmith.train.config.compose import parse_override
+from tunesmith.train.config.override_text import override_of
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
 from tunesmith.train.files.step_folders import newest_checkpoint
+from tunesmith.train.paths import user_path
 from tunesmith.train.ranks.fault_plan import RESTART
 from tunesmith.train.ranks.stop import SIGNALS, end
 
@@ -82,11 +85,11 @@ def _number(name: str, text: str, pattern: str) -> float:
 
 def with_output_dir(command: Sequence[str]) -> tuple[list[str], Path]:
     """The command, naming a run folder that all its attempts share; and the folder."""
-    named = [part.split("=", 1)[1] for part in command if re.match(r"\+{0,2}output_dir=.", part)]
-    if named and named[-1] != "null":
-        return list(command), Path(named[-1].strip("'\"")).expanduser().absolute()
+    named = [parse_override(part).value() for part in command if re.match(r"\+{0,2}output_dir=.", part)]
+    if named and named[-1] is not None:
+        return list(command), user_path(str(named[-1])).absolute()
     folder = Path("runs", f"supervised-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    return [*command, f"output_dir={folder}"], folder
+    return [*command, override_of("output_dir", folder)], folder
 
 
 class Supervisor:

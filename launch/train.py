@@ -31,12 +31,12 @@ def compose_and_train(arguments: list[str]) -> None:
     """Composes and checks the config before anything heavy is imported, then runs."""
     start, arguments = take_option(arguments, "--start")
     if start is not None:  # by launch/hosts.py; first, as libraries read variables while they are imported
-        arguments = start_file.take(Path(start))
+        arguments = start_file.take(start_file.from_word(start))
     from tunesmith.train.config.compose import compose_config
-    from tunesmith.train.paths import CONF_DIR
+    from tunesmith.train.paths import CONF_DIR, user_path
 
     config_dir, overrides = take_option(arguments, "--config-dir")
-    own = None if config_dir is None else Path(config_dir).expanduser()
+    own = None if config_dir is None else user_path(config_dir)
     if {"-h", "--help"} & set(overrides):
         folders = [CONF_DIR, *([own] if own and own.is_dir() else [])]
         sys.stdout.write(f"{__doc__}\n{groups(folders)}\nEvery setting: docs/config.md\n")

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from tunesmith.launch.cluster.figures import count, moment
 from tunesmith.launch.cluster.log_file import tail_rows
 from tunesmith.train.config.schema.cluster import NODE_LIST
 
@@ -38,14 +39,14 @@ def sick_nodes(folder: Path) -> dict[str, str]:
     """Nodes that were found to be sick within SICK_HOURS: node -> why."""
     since = time.time() - 3600 * SICK_HOURS
     rows = [row for row in events_of(folder) if row["event"] == "sick" and NODE_LIST.fullmatch(str(row.get("node")))]
-    recent = [row for row in rows if isinstance(row.get("time"), int | float) and row["time"] >= since]
+    recent = [row for row in rows if (when := moment(row.get("time"))) is not None and when >= since]
     return {str(row["node"]): str(row.get("reason", "")) for row in recent}
 
 
 def restarts_without_progress(rows: list[dict[str, Any]]) -> int:
     """How many of a job's last ends, in a row, came without a newer checkpoint than the ends before."""
-    steps = [row["step"] for row in rows if row["event"] == "ended" and isinstance(row.get("step"), int)]
-    count = 0
+    steps = [step for row in rows if row["event"] == "ended" and (step := count(row.get("step"))) is not None]
+    in_vain = 0
     for number, step in enumerate(steps):
-        count = 0 if step > max(steps[:number], default=0) else count + 1
-    return count
+        in_vain = 0 if step > max(steps[:number], default=0) else in_vain + 1
+    return in_vain

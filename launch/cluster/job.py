@@ -18,6 +18,7 @@ from tunesmith.launch import preflight
 from tunesmith.launch.arguments import main
 from tunesmith.launch.cluster import controller, steps
 from tunesmith.launch.cluster.events import append, restarts_without_progress, sick_nodes
+from tunesmith.launch.cluster.figures import count
 from tunesmith.launch.cluster.job_end import (
     JobEnd,
     cause_of_failure,
@@ -94,7 +95,7 @@ class JobDriver:
             return
         nodes = [str(node) for node in last.get("nodes") or []]
         cause = unhealthy(nodes) or "SLURM requeued it: preempted, requeued by hand, or a node that recovered"
-        self._note_end(cause, "requeued", restart=int(last["restart"]))
+        self._note_end(cause, "requeued", restart=count(last.get("restart")))
         tell(f"restart {self._here.restart} of job {self._here.job_id}; the start before ended: {cause}")
 
     def _refuse(self) -> JobEnd | None:

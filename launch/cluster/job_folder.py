@@ -15,10 +15,12 @@ from typing import Any
 import orjson
 
 from tunesmith.launch.cluster.events import events_of
+from tunesmith.launch.cluster.figures import count, moment
 from tunesmith.launch.cluster.job_spec import FOLDER, JobSpec
 from tunesmith.launch.cluster.queue import JOB_ID
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import durable
+from tunesmith.train.paths import user_path
 
 RANK_LOG = re.compile(r"rank-(\d+)\.log")
 
@@ -77,7 +79,7 @@ class JobFolder:
 
 def run_folder_of(text: str) -> Path:
     """The folder of a run, or of a job that has not started yet. Raises ConfigError when it is none."""
-    folder = Path(text).expanduser().absolute()
+    folder = user_path(text).absolute()
     if not (folder / "config.yaml").is_file() and not (folder / FOLDER / "job.json").is_file():
         raise ConfigError(
             f"{text!r} is not a run folder: it has neither a config.yaml nor a job/job.json.",
@@ -111,8 +113,8 @@ def find_job(run: Path) -> JobFolder | None:
     return JobFolder(
         run,
         job_id,
-        float(submitted) if isinstance(submitted, int | float) else None,
-        most if isinstance(most, int) else None,
+        moment(submitted),
+        count(most),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.launch.cluster.figures import moment
 from tunesmith.launch.cluster.programs import run_program
 from tunesmith.train.errors import ConfigError, TrainingError
 
@@ -134,7 +135,7 @@ def _checked(job_id: str) -> str:
 
 
 def _time(text: str) -> float | None:
-    return float(text) if text.isdecimal() else None  # N/A, NONE, Unknown
+    return moment(float(text)) if text.isdecimal() else None  # N/A, NONE, Unknown
 
 
 def ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

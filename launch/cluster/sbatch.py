@@ -60,13 +60,13 @@ def _value(option: str, value: str | int) -> str:
     if PLAIN.fullmatch(text) and len(text) <= MAX_LINE:
         return text
     key = {"job-name": "name", "output": "output_dir", "chdir": "the current folder"}.get(option, f"cluster.{option}")
-    if not text.isprintable() or '"' in text or "\\" in text or "'" in text or len(text) > MAX_LINE:
+    if not text.isprintable() or "\\" in text or len(text) > MAX_LINE:  # a backslash in a path of a log has a meaning
         raise ConfigError(
             f"{text!r} cannot be written in a script of sbatch.",
             key=key,
-            do="leave out quotes, backslashes and control characters.",
+            do=f"leave out backslashes and control characters, and keep it below {MAX_LINE} characters.",
         )
-    return f'"{text}"'
+    return '"' + text.replace('"', '\\"') + '"'
 
 
 def _assigned(cluster: ClusterConfig) -> list[tuple[str, str]]:

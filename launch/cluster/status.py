@@ -15,9 +15,11 @@ import orjson
 import yaml
 
 from tunesmith.launch.arguments import run_argument, show_help
+from tunesmith.launch.cluster.figures import count, figure, moment, seconds
 from tunesmith.launch.cluster.job_folder import JobFolder, find_job, run_folder_of
 from tunesmith.launch.cluster.log_file import tail_rows
 from tunesmith.launch.cluster.queue import job_facts
+from tunesmith.train.config import yaml_text
 from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.files import manifest
 from tunesmith.train.files.run_folder import SUMMARY
@@ -70,7 +72,7 @@ def _job(job: JobFolder) -> Tree:
     ends = [event for event in events if event["event"] == "ended"]
     sick = [event for event in events if event["event"] == "sick"]
     own = job.own_events()
-    restarts = [event["restart"] for event in own if isinstance(event.get("restart"), int)]
+    restarts = [number for event in own if (number := count(event.get("restart"))) is not None]
     return {
         "id": job.job_id,
         "submitted": job.submitted,
@@ -81,33 +83,39 @@ def _job(job: JobFolder) -> Tree:
         "then": next((event.get("then") for event in reversed(own) if event["event"] == "ended"), None),
         "was_cancelled": job.stop_file.exists(),
         "has_ended": job.has_ended() or (facts.is_over if facts else problem is None),
-        "ends": [{name: event.get(name) for name in ("time", "restart", "cause", "then")} for event in ends],
-        "sick": [{name: event.get(name) for name in ("time", "node", "reason")} for event in sick],
+        "ends": [_row(event, "cause", "then") | {"restart": count(event.get("restart"))} for event in ends],
+        "sick": [_row(event, "node", "reason") for event in sick],
     }
+
+
+def _row(event: Tree, *names: str) -> Tree:
+    return {"time": moment(event.get("time")), **{name: event.get(name) for name in names}}
 
 
 def _max_restarts(run: Path) -> int | None:
     with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
-        most = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["cluster"]["max_restarts"]
-        return most if isinstance(most, int) else None
+        most = yaml_text.tree_of(yaml_text.read_text(run / "config.yaml"))["cluster"]["max_restarts"]
+        return count(most)
     return None
 
 
 def _progress(run: Path) -> Tree:
     """The newest steps in metrics.jsonl; times in seconds."""
-    rows = [row for row in tail_rows(run / "metrics.jsonl") if "train/loss" in row and isinstance(row.get("step"), int)]
+    rows = [
+        row for row in tail_rows(run / "metrics.jsonl") if "train/loss" in row and count(row.get("step")) is not None
+    ]
     last = rows[-1] if rows else {}
-    times = [row["throughput/step_seconds"] for row in rows[-WINDOW:] if row.get("throughput/step_seconds")]
-    step, total = last.get("step"), _tree(run / "plan.json").get("total_steps")
+    times = [known for row in rows[-WINDOW:] if (known := seconds(row.get("throughput/step_seconds"))) is not None]
+    step, total = last.get("step"), count(_tree(run / "plan.json").get("total_steps"))
     step_seconds = median(times) if times else None
     left = None
-    if step is not None and isinstance(total, int) and step_seconds is not None:
+    if step is not None and total is not None and step_seconds is not None:
         left = max(0, total - step) * step_seconds  # without evaluations and saves
     return {
         "step": step,
         "total_steps": total,
-        "loss": last.get("train/loss"),
-        "tokens_per_second": last.get("throughput/tokens_per_second"),
+        "loss": figure(last.get("train/loss")),
+        "tokens_per_second": figure(last.get("throughput/tokens_per_second")),
         "step_seconds": step_seconds,
         "seconds_left": left,
         "seconds_since": time.time() - (run / "metrics.jsonl").stat().st_mtime if rows else None,
@@ -204,7 +212,7 @@ def _cause_words(found: Tree) -> list[tuple[str, str]]:
         return [("cause", str(summary["error"]))] if summary and summary["error"] else []
     rows = [("sick", f"{one['node']}: {one['reason']}") for one in job["sick"][-NUM_CAUSES:]]
     for end in job["ends"][-NUM_CAUSES:]:
-        when = time.strftime("%F %T", time.localtime(end["time"])) if isinstance(end["time"], int | float) else ""
+        when = time.strftime("%F %T", time.localtime(end["time"])) if end["time"] else ""
         rows.append(
             (f"restart {end['restart']}" if end["restart"] else "start", f"{when} {end['cause']}: {end['then']}")
         )

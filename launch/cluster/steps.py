@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tunesmith.launch.cluster.job_spec import JobSpec
-from tunesmith.train.config.hydra_text import quoted
+from tunesmith.train.config.override_text import quoted
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 CODE = TRAIN.parents[1]

@@ -27,6 +27,7 @@ from tunesmith.train.config.compose import Composed, compose_config
 from tunesmith.train.config.config import ClusterKind
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import durable, run_folder
+from tunesmith.train.paths import resolve_path, user_path
 from tunesmith.train.redact import names_a_secret
 from tunesmith.train.zero import deepspeed_config
 
@@ -70,7 +71,7 @@ def prepare(
     given = list(overrides)
     if not any(sets(override, "cluster") for override in given):
         given.insert(0, "cluster=slurm")
-    own = config_dir.expanduser().absolute() if config_dir else None
+    own = user_path(str(config_dir)).absolute() if config_dir else None
     composed = compose_config(given, own)
     config = composed.config
     cluster = config.cluster
@@ -98,9 +99,9 @@ def prepare(
             preflight=cluster.preflight,
             max_restarts=cluster.max_restarts,
             no_progress=cluster.no_progress,
-            container=cluster.container,
+            container=cluster.container and resolve_path(cluster.container),
             container_runtime=cluster.container_runtime.value,
-            container_mounts=tuple(cluster.container_mounts),
+            container_mounts=tuple(map(resolve_path, cluster.container_mounts)),
             container_python=cluster.container_python,
         )
         script = render(spec, cluster, config.name)

@@ -24,14 +24,14 @@ from tunesmith.launch.sweeping.submitit_slots import SubmititSlots, launcher_set
 from tunesmith.launch.sweeping.trials import Trials, check_storage
 from tunesmith.train.config.compose import group_options
 from tunesmith.train.errors import EXIT_STOPPED, ConfigError
-from tunesmith.train.paths import CONF_DIR
+from tunesmith.train.paths import CONF_DIR, user_path
 from tunesmith.train.ranks.stop import end
 
 
 def sweep(arguments: list[str], usage: str) -> None:
     """Runs a sweep. usage is the head of --help. Raises ConfigError for what cannot be run, before the first trial."""
     config_dir, rest = take_option(arguments, "--config-dir")
-    own = None if config_dir is None else Path(config_dir).expanduser().absolute()
+    own = None if config_dir is None else user_path(config_dir).absolute()
     if {"-h", "--help"} & set(rest):
         sys.stdout.write(help_text(usage, folders_of(own)))
         return

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tunesmith.launch.sweeping.settings import GROUP, SETTINGS, Sampler, SweeperConfig
 from tunesmith.launch.sweeping.submitit_slots import LAUNCHERS
 from tunesmith.launch.typed_secrets import refuse_secrets
+from tunesmith.train.config import yaml_text
 from tunesmith.train.config.compose import SEARCH_SPACES, parse_override
 from tunesmith.train.config.origins import Origins, line_of_key, one_line, shown
 from tunesmith.train.config.own_yaml import not_yaml
@@ -52,7 +53,7 @@ def read_command_line(typed: Sequence[str], folders: Sequence[Path]) -> CommandL
     for text in typed:
         if text.startswith("-"):
             raise ConfigError(f"{text!r} is not understood.", at="command line", do="see launch/sweep.py --help.")
-        override = parse_override(text)
+        override = parse_override(text, several=True)
         key = override.key_or_group
         if key == SEARCH_SPACES:
             if line.space is not None:
@@ -134,8 +135,8 @@ def read_settings(line: CommandLine) -> SweeperConfig:
 
 def _read_space(path: Path) -> DictConfig:
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = OmegaConf.create(text)
+        text = yaml_text.read_text(path)
+        tree = yaml_text.omegaconf_of(text)
     except yaml.YAMLError as error:
         raise not_yaml(error, path) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from hydra.core.override_parser.types import Quote, QuotedString
 
 from tunesmith.launch.sweeping.settings import DEFAULT_TRIALS, GROUP, Pruner, Sampler, SweeperConfig, mistake
 from tunesmith.launch.sweeping.space import Space, read_space
 from tunesmith.launch.typed_secrets import is_secret, refuse_secrets
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.config.config import ClusterKind, Config, Device
+from tunesmith.train.config.override_text import quoted
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files.durable import write_atomically
-from tunesmith.train.paths import CONF_DIR
+from tunesmith.train.paths import CONF_DIR, user_path
 
 DEFINITION = "definition.json"  # in the sweep's folder: what is searched, which a second command must share
 LONGEST_NAME = 80  # characters of the run's name in those of its trials and of the sweep; a name has at most 100
@@ -62,7 +62,7 @@ class SweepPlan:
     @cached_property
     def folder(self) -> Path:
         given = self.config.output_dir
-        return Path(given).expanduser().absolute() if given else Path("runs", self.study_name).absolute()
+        return user_path(given).absolute() if given else Path("runs", self.study_name).absolute()
 
     @property
     def claims(self) -> Path:
@@ -222,8 +222,3 @@ def _check_same(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> 
             at=str(folder / DEFINITION),
             do="give the same command, or another hydra.sweeper.study_name and output_dir.",
         )
-
-
-def quoted(text: str) -> str:
-    """A text as the value of an override, whatever stands in it."""
-    return QuotedString(text, Quote.single).with_quotes()

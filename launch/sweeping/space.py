@@ -83,7 +83,7 @@ def read_space(params: Mapping[str, str], overrides: Sequence[str], folders: lis
     """
     given: dict[str, tuple[str, Override]] = {}
     for text in [*(f"{key}={value}" for key, value in params.items()), *overrides]:
-        override = parse_override(text)
+        override = parse_override(text, several=True)
         key = override.get_key_element().lstrip("+")
         given.pop(key, None)
         given[key] = (text, override)

@@ -24,6 +24,7 @@ from tunesmith.launch.sweeping.slots import (
     training_command,
     trial_environment,
 )
+from tunesmith.train.config import yaml_text
 from tunesmith.train.config.config import Device
 from tunesmith.train.config.origins import line_of_key, one_line, shown
 from tunesmith.train.config.own_yaml import not_yaml
@@ -94,7 +95,7 @@ def _in_yaml(launcher: str, folders: Sequence[Path]) -> Iterator[tuple[str, Any,
     """The settings of a person's own hydra/launcher/<launcher>.yaml, and where each stands."""
     for path in (folder / "hydra" / "launcher" / f"{launcher}.yaml" for folder in folders):
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            tree = yaml_text.tree_of(yaml_text.read_text(path)) if path.is_file() else {}
         except yaml.YAMLError as error:
             raise not_yaml(error, path) from None
         except (OSError, UnicodeDecodeError) as error:

@@ -217,33 +217,36 @@ def hosts_command(port: str, *overrides: str) -> list[str]:
     ]
 
 
+ODD = "l'été (1), a=b $HOME"  # a run folder that a shell would read
+
+
 def test_hosts_py_stops_together_hides_secrets_and_goes_on_from_there(
     hosts: Any, env: dict[str, str], folder: Path, port: str
 ) -> None:
     hostile = 'name="it is $(touch canary) `touch canary`; touch canary"'
-    command = hosts_command(port, *LONG, "output_dir=run", hostile)
+    command = hosts_command(port, *LONG, f"output_dir={ODD}", hostile)
     run = hosts.start("n1", command, folder, env | {"WANDB_API_KEY": SECRET})
-    starts = folder / "run"
+    starts = folder / ODD
     wait_for(lambda: list(starts.glob(".tunesmith-start-*/rank-*.json")), 120, "a rank that has its arguments")
     lines = [line for name in hosts.names for line in hosts.processes(name, "python")]
     assert any("--start" in line for line in lines)
     assert not [line for line in lines if SECRET in line]
-    wait_for(lambda: len(rows(folder / "run")) >= 3, 300, "3 steps")
+    wait_for(lambda: len(rows(folder / ODD)) >= 3, 300, "3 steps")
     assert not list(starts.glob(".tunesmith-start-*/start.json"))  # all ranks have read it
     hosts.signal("n1", "launch/hosts.py", "INT")  # Ctrl-C
     said, _ = run.communicate(timeout=120)
     assert run.returncode == 75, said
-    assert status(folder / "run") == "stopped"
+    assert status(folder / ODD) == "stopped"
     assert list(starts.glob(".tunesmith-start-*")) == []
     assert not list(folder.rglob("canary"))
     kept = [path for path in folder.rglob("*") if path.is_file() and SECRET in path.read_text(errors="replace")]
     assert (kept, SECRET in said) == ([], False)
     for name in hosts.names:
         assert not hosts.processes(name, TRAIN)
-    stopped_at = max(rows(folder / "run"))
+    stopped_at = max(rows(folder / ODD))
 
     run = hosts.start("n1", command, folder, env)
-    wait_for(lambda: max(rows(folder / "run")) > stopped_at, 300, "a step more")
+    wait_for(lambda: max(rows(folder / ODD)) > stopped_at, 300, "a step more")
     hosts.signal("n1", "launch/hosts.py", "TERM")
     said, _ = run.communicate(timeout=120)
     assert run.returncode == 75, said

@@ -57,6 +57,18 @@ CASES = {
     ),
     "NUL bytes": Case((), "{data}:2: NUL bytes", remedy="UTF-8", data=GOOD + "\0\n"),
     "not UTF-8": Case((), "{data}:2: not UTF-8 at byte 1", remedy="UTF-8", data=GOOD.encode() + b"\xff\xfe\n"),
+    "a row nested too deep": Case(
+        (),
+        "{data}:2: nested more than 64 deep",
+        remedy="flatter",
+        data=GOOD + f'{{"prompt": "a", "completion": "b", "tools": {"[" * 300}{"]" * 300}}}\n',
+    ),
+    "a row nested too deep for JSON": Case((), "{data}:2: not JSON", data=GOOD + "[" * 5000),
+    "a config.json nested too deep": Case((MODEL, "model.name_or_path={root}/deep_config"), "deep_config"),
+    "a list of weights nested too deep": Case(
+        (MODEL, "model.name_or_path={root}/deep_index"), "index.json can't be read"
+    ),
+    "an override nested too deep": Case((f"engine.deepspeed.x={'[' * 300}",), "is nested more than 32 deep"),
     "a field of the wrong type": Case(
         (),
         "{data}:2: completion: must be a string, not 3",
@@ -296,6 +308,8 @@ def make_inputs(root: Path) -> None:
         file.unlink()
     (copy_of_tiny(root / "damaged") / "model.safetensors").write_bytes(b"not safetensors")
     (copy_of_tiny(root / "bad_config") / "config.json").write_text("{")
+    (copy_of_tiny(root / "deep_config") / "config.json").write_text('{"a":' * 5000)
+    (copy_of_tiny(root / "deep_index") / "model.safetensors.index.json").write_text('{"a":' * 5000)
     copy_of_tiny(root / "unknown", config={"model_type": "nonsense", "architectures": ["Nonsense"]})
     auto = {"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model"}
     plant_code(copy_of_tiny(root / "coded", config={"model_type": "planted", "auto_map": auto}), root / "CANARY")

@@ -138,7 +138,7 @@ def test_a_hostile_override_is_refused(form: str, target: str, canary: Path) -> 
         ("hydra.job.env_set.LD_PRELOAD=/tmp/x.so", "Hydra only composes here"),
         ("name=${{python:os.system}}", "Unsupported interpolation type python"),
         ("name=${{eval:1}}", "Unsupported interpolation type eval"),
-        ("data.train=[{{_target_:os.system}}]", "data.train must be a path"),
+        ("track.tags=[{{_target_:os.system}}]", "track.tags"),
         ("engine.deepspeed.wandb.enabled=true", "contradicts track.wandb"),
         (
             "engine.deepspeed.torch_autocast.lower_precision_safe_modules=[{planted}.run]",

@@ -93,7 +93,6 @@ def test_no_argument_and_no_variable_is_on_a_command_line(hostfile: Path) -> Non
         (["+exp=debug"], "no hostfile is named"),
         (["+exp=debug", "cluster.hostfile=absent"], "cannot be read: No such file"),
         (["+exp=debug", "cluster=local", "cluster.hostfile=hosts"], "not local"),
-        (["+exp=debug", "cluster.hostfile=hosts", "output_dir=a b"], "does not pass on to another machine"),
         (["+exp=debug", "cluster.hostfile=hosts", "--master-port=x"], "is no port"),
         (["+exp=debug", "cluster.hostfile=hosts", "seed=x"], "seed"),
     ],
@@ -105,6 +104,29 @@ def test_what_cannot_be_started_is_refused_before_any_host_is_asked(
         prepare(arguments, {})
     assert words in str(refused.value)
     assert list(tmp_path.iterdir()) == [hostfile]
+
+
+@pytest.mark.parametrize("name", ["plain", "l'été (1)", 'a "b" $HOME;`id`', "a=b,c [2]", "\udce9", "~x"])
+def test_any_run_folder_reaches_the_ranks_through_a_shell(hostfile: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name / "start.json"
+    word = start_file.as_word(path)
+    assert start_file.PLAIN.fullmatch(word)
+    assert start_file.from_word(word) == path
+    assert (word == str(path)) == (name == "plain")
+    if name.isprintable():
+        launch = prepare(["+exp=debug", "cluster.hostfile=hosts", f"output_dir={name}"], {})
+        assert launch.run_dir == tmp_path / name
+        assert command(launch, path)[-2:] == ["--start", word]
+
+
+def test_a_working_folder_that_deepspeed_does_not_pass_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b/hosts").write_text("n1 slots=1\n")
+    monkeypatch.chdir(tmp_path / "a b")
+    with pytest.raises(ConfigError, match="does not pass on to another machine"):
+        prepare(["+exp=debug", "cluster.hostfile=hosts"], {})
 
 
 def test_a_dry_run_prints_the_command_and_leaves_nothing(hostfile: Path, tmp_path: Path) -> None:

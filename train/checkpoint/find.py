@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tunesmith.train.errors import TrainingError
 from tunesmith.train.files import durable, manifest
 from tunesmith.train.files.manifest import Manifest, ManifestError, OtherFormat
 from tunesmith.train.files.step_folders import FOLDER, STALE, STEP_FOLDER, published, step_of
+from tunesmith.train.paths import user_path
 from tunesmith.train.ranks.distributed import World, broadcast_text, first_problem
 
 OWNER = "owner"  # in resume.allow
@@ -63,7 +65,7 @@ def choose(
         if found is not None:
             return found
         reasons.append(f"{path.name}: {problem}")
-        if not in_run_dir and _is_one(Path(resume.source).expanduser()):
+        if not in_run_dir and _is_one(user_path(resume.source)):
             raise _refusal(f"the checkpoint cannot be used. {problem}.", path, "name another checkpoint.")
         new_name = _on_rank_0(lambda: _set_aside(path) if in_run_dir else "", world, device)  # noqa: B023
         kept = f", kept as {new_name}" if new_name else ""
@@ -121,7 +123,7 @@ def make_way(path: Path) -> tuple[bool, str]:
 def _candidates(resume: ResumeConfig, run_dir: Path) -> list[Path]:
     if resume.source == "auto":
         return published(run_dir)
-    named = Path(resume.source).expanduser()
+    named = user_path(resume.source)
     found = [named] if _is_one(named) else published(named)
     if not found and not _set_aside_before(named):
         raise TrainingError(
@@ -230,7 +232,7 @@ def _check_owner(path: Path, any_owner: bool) -> str:
         if found.st_mode & stat.S_IWOTH:
             raise Untrusted(f"{entry.name} may be written by anybody")
         if found.st_mode & stat.S_IWGRP and not group:
-            group = f"checkpoint {path.name} may be written by its group (chmod -R g-w {path})"
+            group = f"checkpoint {path.name} may be written by its group (chmod -R g-w {shlex.quote(str(path))})"
     return group
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from tunesmith.train.checkpoint.find import OWNER
 from tunesmith.train.config.config import AdapterKind, Config
+from tunesmith.train.config.override_text import typed
 from tunesmith.train.config.suggest import did_you_mean, nearest
-from tunesmith.train.data.prepare import PreparedData
 from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.files.manifest import Identity, plain
 from tunesmith.train.ranks.distributed import World, sum_over_ranks
@@ -27,11 +27,11 @@ NOTED = {"schedule.epochs", "schedule.max_steps"}  # a finished run is extended 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
 
 
-def identity(config: Config, world: World, data: PreparedData) -> Identity:
-    """What can be said before the model is loaded; base_weights come later."""
+def identity(config: Config, world: World, data: str) -> Identity:
+    """What can be said before the model is loaded; base_weights come later. data: its fingerprint."""
     groups = {"adapter": config.adapter, "objective": config.objective, "optimizer": config.optimizer}
     values: dict[str, Any] = {
-        "data": data.fingerprint,
+        "data": data,
         "seed": config.seed,
         "engine.precision": config.engine.precision,
         **{f"batch.{name}": value for name, value in asdict(config.batch).items() if name != "micro_batch_size"},
@@ -48,22 +48,52 @@ def identity(config: Config, world: World, data: PreparedData) -> Identity:
     )
 
 
+def of_finished(config: Config, world: World, data: str) -> Identity:
+    """As identity(), for summary.json: the base model by its name, which is compared without loading any weights."""
+    current = identity(config, world, data)
+    if config.adapter.kind is AdapterKind.none:
+        return current
+    base = {"name_or_path": config.model.name_or_path, "revision": config.model.revision}
+    return replace(current, fingerprint=current.fingerprint | {BASE_WEIGHTS: base})
+
+
 def compare(saved: Identity, current: Identity, allow: list[str], path: Path) -> list[str]:
     """Sentences on what differs and may. Raises TrainingError that names everything that differs and may not."""
-    both = [(saved.fingerprint.get(key, default_of(key)), now, key) for key, now in current.fingerprint.items()]
-    different = [(key, f"{key}: was {was}, is {now}") for was, now, key in both if was != now]
-    refused = [(key, words) for key, words in different if key not in allow]
+    different = _different(saved, current)
+    refused = {key: words for key, words in different.items() if key not in allow}
     if refused:
-        keys = ",".join(key for key, _ in refused)
         raise TrainingError(
-            f"the checkpoint is of another run. {'; '.join(words for _, words in refused)}.",
+            f"the checkpoint is of another run. {'; '.join(refused.values())}.",
             at=str(path),
-            do=f"set it back, say that it may differ with resume.allow=[{keys}], or start anew with resume=never and "
-            "another output_dir.",
+            do=f"set it back, say that it may differ with resume.allow=[{','.join(refused)}], or start anew with "
+            "resume=never and another output_dir.",
         )
-    both = [(was, current.noted.get(key), key) for key, was in saved.noted.items()]
-    noted = [f"{key}: was {was}, is {now}" for was, now, key in both if was != now]
-    return [f"since the checkpoint, {words}" for words in [words for _, words in different] + noted]
+    return [f"since the checkpoint, {words}" for words in (different | _steps_different(saved, current)).values()]
+
+
+def compare_finished(saved: Identity, current: Identity, allow: list[str], run_dir: Path) -> list[str]:
+    """As compare(), of a run that has ended, where other steps would be another run too."""
+    different, steps = _different(saved, current), _steps_different(saved, current)
+    refused = {key: words for key, words in different.items() if key not in allow}
+    if refused or steps:
+        allowed = f"say that it may differ with resume.allow=[{','.join(refused)}], " if refused else ""
+        on = f"train on from it with {typed('resume.source', run_dir)} and " if steps else "start anew with "
+        raise TrainingError(
+            f"the run there is finished, and is another one. {'; '.join((refused | steps).values())}.",
+            at=str(run_dir),
+            do=f"set it back, {allowed}or {on}another output_dir.",
+        )
+    return [f"since that run, {words}" for words in different.values()]
+
+
+def _different(saved: Identity, current: Identity) -> dict[str, str]:
+    both = [(key, saved.fingerprint.get(key, default_of(key)), now) for key, now in current.fingerprint.items()]
+    return {key: f"{key}: was {was}, is {now}" for key, was, now in both if was != now}
+
+
+def _steps_different(saved: Identity, current: Identity) -> dict[str, str]:
+    both = [(key, was, current.noted.get(key)) for key, was in saved.noted.items()]
+    return {key: f"{key}: was {was}, is {now}" for key, was, now in both if was != now}
 
 
 def default_of(key: str) -> Any:

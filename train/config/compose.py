@@ -3,6 +3,8 @@
 Hydra composes and nothing more: no `_target_` of a user's config is ever instantiated.
 """
 
+import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -17,19 +19,22 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from tunesmith.train.config import yaml_text
 from tunesmith.train.config.config import Config
-from tunesmith.train.config.hydra_text import quoted
 from tunesmith.train.config.origins import Origins, one_line
-from tunesmith.train.config.own_yaml import check_option, check_own_folder, not_yaml
+from tunesmith.train.config.override_text import hydra_form, quoted, typed
+from tunesmith.train.config.own_yaml import OwnFiles, check_option, check_own_folder, not_yaml
 from tunesmith.train.config.suggest import did_you_mean, suggest_key
 from tunesmith.train.errors import ConfigError, TunesmithError
-from tunesmith.train.paths import CONF_DIR
+from tunesmith.train.paths import CONF_DIR, user_path
 
 RAW_KEYS = ("engine.deepspeed", "objective.settings")  # any key may be set below them
+LONGEST_KEY = 200  # characters: Hydra looks for a file of that name, which the system lets have 255
 SEE_DOCS = "docs/config.md lists every setting."
 SEARCH_SPACES = "sweep"  # a folder of yaml files that launch/sweep.py reads, not a group of the config
 
@@ -70,7 +75,7 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
 
     Raises ConfigError for an unknown key or option, a value of the wrong type, a missing value, or a failed check.
     """
-    own = config_dir.expanduser().absolute() if config_dir is not None else None
+    own = user_path(str(config_dir)).absolute() if config_dir is not None else None
     folders = [CONF_DIR, *([own] if own else [])]
     origins = Origins(list(overrides), folders)
     with _errors_in_our_words(origins):
@@ -85,9 +90,10 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
 def compose_tree(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """What Hydra makes of the yaml files and overrides; values that are still missing read ???."""
     ConfigStore.instance().store(name="schema", node=Config)
-    arguments = [admit_raw_key(override) for override in overrides]
+    arguments = [hydra_form(admit_raw_key(override)) for override in overrides]
     if config_dir:
-        arguments.append(f"hydra.searchpath=[{quoted(f'file://{config_dir}')}]")
+        Plugins.instance().register(OwnFiles)
+        arguments.append(f"hydra.searchpath=[{quoted(f'{OwnFiles.scheme()}://{config_dir}')}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="tunesmith"):
         return compose("config", arguments)
@@ -99,7 +105,10 @@ def load_resolved(path: Path) -> Config:
     It was written with every value resolved: a ${...} was added later, and would read the environment of this process.
     """
     with _errors_in_our_words(Origins([], [path.parent])):
-        loaded = OmegaConf.load(path)
+        try:
+            loaded = yaml_text.omegaconf_of(yaml_text.read_text(path))
+        except yaml.YAMLError as error:
+            raise not_yaml(error, path) from None
         if interpolation := _first_interpolation(OmegaConf.to_container(loaded)):
             raise ConfigError(
                 f"{interpolation!r} is in the config of a run, which holds plain values.",
@@ -166,32 +175,56 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
                 f"{text} gives several values to one run.", at=at, do="give one; a list is written [a,b]."
             )
         if is_setting and override.is_add() and not override.is_force_add() and not below_raw_key(key):
-            raise ConfigError(f"{key} exists already.", at=at, do=f"write {text.lstrip('+')}, without the plus.")
+            raise ConfigError(
+                f"{key} exists already.", at=at, do=f"write {shlex.quote(text.lstrip('+'))}, without the plus."
+            )
         if options:
             _check_choice(text, override.value(), key, options)
 
 
-def parse_override(text: str) -> Override:
-    """What an override says, in Hydra's grammar. Raises ConfigError."""
+def parse_override(text: str, *, several: bool = False) -> Override:
+    """What an override says, in Hydra's grammar and override_text.py's. several: as a sweep reads it.
+
+    Raises ConfigError.
+    """
+    key, _, value = text.partition("=")
+    if len(key) > LONGEST_KEY or max(map(_depth, (key.replace(".", "["), value))) > yaml_text.MAX_DEPTH:
+        raise ConfigError(
+            f"'{text[:60]}...' has a key of more than {LONGEST_KEY} characters, or is nested more than "
+            f"{yaml_text.MAX_DEPTH} deep.",
+            at="command line",
+            do=SEE_DOCS,
+        )
     try:
-        override = OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(hydra_form(text, several=several))
     except HydraException as error:
         raise ConfigError(
             f"{text!r} is not an override: {_first_line(error)}.",
             at="command line",
-            do="write key=value, quoted for the shell.",
+            do=f"write key=value; a text with such characters in quotes: {typed(key, value)}.",
         ) from None
     if not override.key_or_group:
         raise ConfigError(f"{text!r} names no setting.", at="command line", do="write key=value.")
     return override
 
 
+def _depth(text: str) -> int:
+    """How deep brackets are opened, at most."""
+    return max(itertools.accumulate((letter in "[{(") - (letter in "]})") for letter in text), default=0)
+
+
+def _without_plus(text: str) -> str:
+    return f"write {shlex.quote(text.lstrip('+'))}, without the plus."
+
+
 def _check_choice(text: str, value: object, group: str, options: list[str]) -> None:
     at = f"command line: {one_line(text)}"
     if group == "exp" and not text.startswith("+"):
-        raise ConfigError("an experiment is added, with a plus.", at=at, do=f"write +{text}.")
+        raise ConfigError("an experiment is added, with a plus.", at=at, do=f"write {shlex.quote(f'+{text}')}.")
     if group != "exp" and text.startswith("+"):
-        raise ConfigError(f"{group} has an option already.", at=at, do=f"write {text.lstrip('+')}, without the plus.")
+        raise ConfigError(
+            f"{group} has an option already.", at=at, do=f"write {shlex.quote(text.lstrip('+'))}, without the plus."
+        )
     if isinstance(value, dict):
         raise ConfigError(
             f"{group} takes one of its options.", at=at, do=f"set its keys one by one: {group}.<key>=<value>."

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from tunesmith.train.config import yaml_text
 from tunesmith.train.paths import CONF_DIR
 
 SHIPPED = "conf"  # how errors name CONF_DIR
@@ -101,14 +102,14 @@ def shown(path: Path) -> str:
 def _parsed(path: Path) -> yaml.Node | None:
     """The nodes of a file; no object is built from it. None when it is missing, not text or not yaml."""
     try:
-        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        return yaml_text.nodes_of(yaml_text.read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
 
 
 def _mapping(path: Path) -> dict[str, Any] | None:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml_text.tree_of(yaml_text.read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     return tree if isinstance(tree, dict) else None

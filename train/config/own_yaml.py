@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.plugins.config_source import ConfigResult
 
+from tunesmith.train.config import yaml_text
 from tunesmith.train.config.config import Config
 from tunesmith.train.config.origins import Origins, line_of_key, shown
+from tunesmith.train.config.override_text import typed
 from tunesmith.train.config.suggest import did_you_mean, nearest
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.paths import CONF_DIR
@@ -17,6 +21,36 @@ from tunesmith.train.paths import CONF_DIR
 GLOBAL_PACKAGE = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
 HYDRA_PACKAGE = re.compile(r"^#\s*@package\s+hydra\b|^\s*-\s*\S+@hydra\b", re.MULTILINE)
 Options = Callable[[str], list[str]]  # a group -> its options
+
+
+class OwnFiles(FileConfigSource):
+    """The folder, for Hydra: every file that it opens there, by whatever defaults list, is checked first."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "own"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Raises ConfigError."""
+        path = Path(self.path, self._normalize_file_name(config_path))
+        if path.is_file():
+            _read(path)
+        return super().load_config(config_path)
+
+
+def _read(path: Path) -> tuple[str, Any]:
+    """The text of a file and its tree. Raises ConfigError."""
+    try:
+        text = yaml_text.read_text(path)
+        return text, yaml_text.tree_of(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"not UTF-8 at byte {error.start + 1}.", at=shown(path), do="save the file as UTF-8."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"the file can't be read: {error.strerror}.", at=shown(path)) from None
+    except yaml.YAMLError as error:
+        raise not_yaml(error, path) from None
 
 
 def check_own_folder(folder: Path, origins: Origins, options: Options) -> None:
@@ -39,26 +73,16 @@ def check_own_folder(folder: Path, origins: Origins, options: Options) -> None:
 
 
 def _check_file(path: Path, group: str, options: Options) -> None:
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"not UTF-8 at byte {error.start + 1}.", at=shown(path), do="save the file as UTF-8."
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"the file can't be read: {error.strerror}.", at=shown(path)) from None
-    except yaml.YAMLError as error:
-        raise not_yaml(error, path) from None
+    text, tree = _read(path)
     if group == "exp" and not GLOBAL_PACKAGE.search(text):
         raise ConfigError(
             "an experiment must say that its keys are those of the whole run.",
             at=f"{shown(path)}:1",
             do="make `# @package _global_` its first line.",
         )
-    if number := _sexagesimal(yaml.compose(text, Loader=yaml.SafeLoader)):
+    if number := _sexagesimal(yaml_text.nodes_of(text)):
         raise ConfigError(
-            f"{number.value} without quotes is the number {yaml.safe_load(number.value)} in yaml.",
+            f"{number.value} without quotes is the number {yaml_text.tree_of(number.value)} in yaml.",
             at=f"{shown(path)}:{number.start_mark.line + 1}",
             do=f'write it in quotes: "{number.value}".',
         )
@@ -124,7 +148,7 @@ def check_option(group: str, option: object, known: list[str], at: str) -> None:
         raise ConfigError(
             f"resume has no option {option!r}: it is auto or never.",
             at=at,
-            do=f"write resume.source={option} to go on from that folder." if option else "leave it out.",
+            do=f"write {typed('resume.source', option)} to go on from that folder." if option else "leave it out.",
         )
     raise ConfigError(
         f"{group} has no option {option!r}.{did_you_mean(nearest(str(option), known))}",
@@ -140,4 +164,5 @@ def not_yaml(error: yaml.YAMLError, path: Path | None = None) -> ConfigError:
         path = Path(mark.name)
     at = "config files" if path is None else f"{shown(path)}:{mark.line + 1}" if mark else shown(path)
     problem = getattr(error, "problem", None) or " ".join(str(error).split())
-    return ConfigError(f"not valid yaml: {problem}.", at=at, do="correct that line.")
+    what = "this yaml is not read" if isinstance(error, yaml_text.NotBuilt) else "not valid yaml"
+    return ConfigError(f"{what}: {problem}.", at=at, do="correct that line.")

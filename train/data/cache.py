@@ -11,6 +11,7 @@ import orjson
 from filelock import FileLock, Timeout
 
 from tunesmith.train.errors import DataError
+from tunesmith.train.paths import user_path
 from tunesmith.train.ranks.distributed import world_from_environment
 
 MANIFEST = "manifest.json"
@@ -22,7 +23,7 @@ HEAD_START_SECONDS = 10.0  # how long other ranks wait for local rank 0 to begin
 def cache_folder(cache_dir: str | None) -> Path:
     """Where prepared data is kept: cache_dir, else $XDG_CACHE_HOME/tunesmith, else ~/.cache/tunesmith."""
     if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+        return user_path(cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "tunesmith"
 
 

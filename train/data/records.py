@@ -22,6 +22,7 @@ FOREIGN_FIELDS = frozenset(
 )
 MAX_WEIGHT = 3.4e38  # float32
 MAX_SHOWN = 5  # bad rows written out in one error
+MAX_DEPTH = 64  # of a row; a template that writes JSON runs out of stack at some hundreds
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,23 @@ def _rows(source: Source) -> Iterator[tuple[str, Any]]:
             row = orjson.loads(line)
         except orjson.JSONDecodeError as error:
             row = _not_json(line, error)
+        if line.count(b"{") + line.count(b"[") > MAX_DEPTH and _is_deep(row):
+            row = RowError("", f"nested more than {MAX_DEPTH} deep", "write a flatter record.")
         yield f"{source.name}:{number}", row
+
+
+def _is_deep(row: Any) -> bool:
+    """Whether templates and errors, which are recursive, could run out of stack."""
+    level = [row]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)
 
 
 def _not_json(line: bytes, error: orjson.JSONDecodeError) -> RowError:

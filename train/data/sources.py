@@ -95,7 +95,7 @@ def _find(name: str) -> list[Source]:
                 f"{name} is not a hub dataset.", at=name, do="write hub:<dataset id> or hub:<dataset id>:<split>."
             )
         return [Source(f"{HUB_SCHEME}{parts[0]}:{parts[1] if len(parts) == 2 else 'train'}", None)]
-    path = Path(resolve_path(name)).expanduser()
+    path = Path(resolve_path(name))
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES) and file.is_file())
         if not found:
@@ -110,7 +110,10 @@ def _find(name: str) -> list[Source]:
         if not found:
             raise DataError(f"no file matches {name}.", at=name, do=f"relative paths start at {Path.cwd()}.")
         return [Source(str(file), file) for file in found]
-    raise DataError(f"there is no file or folder {name}.", at=name, do=f"relative paths start at {Path.cwd()}.")
+    several = " Several files are written [one,two]." if "," in name else ""
+    raise DataError(
+        f"there is no file or folder {name}.", at=name, do=f"relative paths start at {Path.cwd()}.{several}"
+    )
 
 
 def _load_dataset(dataset_id: str, split: str) -> Any:

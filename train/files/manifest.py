@@ -36,6 +36,11 @@ class Identity:
     world_size: int
     layout: dict[str, Any]  # all that decides how the engine's files are cut (zero/universal.py)
 
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> "Identity":
+        """As it was written with asdict(). Raises KeyError, TypeError."""
+        return cls(**{field.name: tree[field.name] for field in fields(cls)})
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -94,8 +99,7 @@ def _from_tree(tree: dict[str, Any]) -> Manifest:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\0" in name:
             raise ValueError(name)  # it would lead out of the checkpoint
-    identity = {field.name: tree["identity"][field.name] for field in fields(Identity)}
-    return Manifest(int(tree["step"]), Identity(**identity), files, dict(tree["versions"]))
+    return Manifest(int(tree["step"]), Identity.from_tree(tree["identity"]), files, dict(tree["versions"]))
 
 
 def _digest(tree: dict[str, Any]) -> str:

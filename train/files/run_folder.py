@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -14,6 +15,7 @@ from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import step_folders
 from tunesmith.train.files.durable import HIDDEN_PREFIX, write_atomically
 from tunesmith.train.files.fence import Token, supersedes
+from tunesmith.train.paths import user_path
 
 MODEL = "model"  # what the run leaves behind
 CONFIG = "config.yaml"
@@ -29,7 +31,7 @@ def choose(config: Config) -> Path:
             raise ConfigError(
                 f"{config.output_dir!r} cannot name a folder.", key="output_dir", do="use characters that can be seen."
             )
-        return Path(os.path.expanduser(config.output_dir)).absolute()  # leaves a ~name of nobody as it is
+        return user_path(config.output_dir).absolute()
     return Path("runs", f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
 
 
@@ -130,11 +132,17 @@ def hold(folder: Path, token: Token | None = None) -> FileLock:
 
 def is_finished(folder: Path) -> bool:
     """True when the folder holds a run that has come to its end, with its model."""
+    return finished_summary(folder) is not None
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """What a run that has come to its end, with its model, wrote in summary.json; None where there is none."""
     try:
-        status = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return status == "finished" and (folder / MODEL).is_dir()
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        has_ended = summary["status"] == "finished" and (folder / MODEL).is_dir()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return summary if has_ended else None
 
 
 def check_writable(folder: Path, needed_bytes: int = SPARE_BYTES) -> None:

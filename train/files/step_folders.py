@@ -6,7 +6,7 @@ from pathlib import Path
 from tunesmith.train.files import manifest
 
 FOLDER = "checkpoints"  # in the run folder
-STEP_FOLDER = re.compile(r"step-(\d{6,})")
+STEP_FOLDER = re.compile(r"step-([0-9]{6,15})")
 STALE = re.compile(rf"{STEP_FOLDER.pattern}\.tmp-[0-9a-f]+")  # of a save that was never finished
 
 

@@ -53,7 +53,7 @@ def check_index(folder: Path) -> None:
         return
     try:
         names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path.name} can't be read: {error}", at=str(path), do="get the file anew.") from None
     for name in sorted(map(str, names)):
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -69,7 +69,7 @@ def check_adapter(folder: Path) -> None:
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind = settings.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"adapter_config.json can't be read: {error}", at=str(folder), do="take the folder that training wrote."
         ) from None

@@ -110,7 +110,7 @@ def load_hf_config(settings: ModelConfig) -> Any:
             return AutoConfig.from_pretrained(
                 name, revision=settings.revision, trust_remote_code=bool(settings.trust_remote_code)
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise not_loadable(settings.name_or_path, error) from None
 
 

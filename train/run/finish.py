@@ -37,7 +37,8 @@ def finish(run: Run, session: Session, stop: AgreedStop) -> dict[str, Any]:
         fence.check()
         export.discard_drafts(folder)  # only now: until the summary says finished, a restart needs the best weights
         conversion.forget(run.run_dir)  # a run that saved no checkpoint of its own still has it
-        write_report(run.run_dir)
+        if note := write_report(run.run_dir):
+            run.reporter.note(note)
         place = run.reporter.wandb_place
         run.reporter.end(end_rows(summary, run.run_dir) + ([("W&B", place)] if place else []), "Finished")
     distributed.barrier()

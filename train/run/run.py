@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tunesmith.train.checkpoint import find as checkpoint_find
+from tunesmith.train.checkpoint import fingerprint
 from tunesmith.train.config.compose import Composed
 from tunesmith.train.config.config import Config
 from tunesmith.train.data.prepare import PreparedData, prepare
+from tunesmith.train.data.prepare import fingerprint as data_fingerprint
 from tunesmith.train.data.preview import preview
 from tunesmith.train.data.tokenizer import load_tokenizer
 from tunesmith.train.errors import TunesmithError
 from tunesmith.train.files import run_folder
 from tunesmith.train.files.fence import fence
+from tunesmith.train.files.manifest import Identity
 from tunesmith.train.model.kernel_choice import choose_kernels
 from tunesmith.train.model.load import check_model
 from tunesmith.train.objective.objective import Objective, make_objective
+from tunesmith.train.paths import user_path
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.phases import Phase
@@ -44,9 +48,9 @@ def run(composed: Composed) -> Path:
     kernels = choose_kernels(config, device)
     run_dir = run_folder.choose(config)
     run_folder.check_usable(run_dir, config.resume.source)
-    if run_folder.is_finished(run_dir) and config.resume.source == "auto":
-        if world.rank == 0:
-            Console().print(f"{run_dir} is already finished; another output_dir starts another run.")
+    summary = run_folder.finished_summary(run_dir) if config.resume.source == "auto" else None
+    if summary is not None:
+        _say_finished(config, world, run_dir, summary)
         return run_dir
     checkpoint_find.check_source(config.resume, run_dir)
     reporter = Reporter(Console() if world.rank == 0 else None)
@@ -95,6 +99,20 @@ def run(composed: Composed) -> Path:
     return run_dir
 
 
+def _say_finished(config: Config, world: World, run_dir: Path, summary: dict[str, Any]) -> None:
+    """Says so. Raises TrainingError where the finished run is one of other settings, data or base model."""
+    saved, notes = summary.get("identity"), []
+    if saved:  # runs of before 2026-12 do not say what they were
+        tokenizer = load_tokenizer(config.model, config.data)
+        data = data_fingerprint(config, tokenizer, make_objective(config, tokenizer))
+        current = fingerprint.of_finished(config, world, data)
+        fingerprint.check_allowed(config.resume.allow, current)
+        notes = fingerprint.compare_finished(Identity.from_tree(saved), current, config.resume.allow, run_dir)
+    if world.rank == 0:
+        for line in [*notes, f"{run_dir} is already finished; another output_dir starts another run."]:
+            Console().print(line)
+
+
 def _prepare(config: Config, world: World, reporter: Reporter) -> tuple[Any, Objective, PreparedData]:
     """Tokenizer, objective and data: what is wrong with them is said before the ranks meet."""
     check_model(config)
@@ -123,6 +141,6 @@ def _close(reporter: Reporter, config: Config, line: str) -> None:
 
 def _make_absolute(composed: Composed) -> None:
     """A model folder is written down so that chat and export find it from anywhere."""
-    folder = Path(composed.config.model.name_or_path).expanduser()
+    folder = user_path(composed.config.model.name_or_path)
     if folder.is_dir():
         composed.config.model.name_or_path = composed.resolved["model"]["name_or_path"] = str(folder.absolute())

@@ -1,10 +1,13 @@
 """The run in words: what is about to happen, and what came of it."""
 
 import platform
+import shlex
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tunesmith.train.checkpoint import fingerprint
 from tunesmith.train.config.config import AdapterKind, Packing
 from tunesmith.train.files import run_folder
 from tunesmith.train.run.setup import Run, Session
@@ -95,6 +98,7 @@ def summarise(run: Run, session: Session, *, evaluation: dict[str, float], proof
             "saved": proof,
         },
         "data": run.data.report.as_dict(),
+        "identity": asdict(fingerprint.of_finished(run.config, run.world, run.data.fingerprint)),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft", "triton")}
         | {"python": platform.python_version()},
     }
@@ -107,5 +111,5 @@ def end_rows(summary: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
         *[(f"eval {name.replace('_', ' ')}", f"{value:.4f}") for name, value in summary["eval"].items()],
         ("model", f"{run_dir / run_folder.MODEL} ({summary['model']['saved']})"),
         ("report", str(run_dir / "report.html")),
-        ("talk to it", f"python launch/chat.py run={run_dir}"),
+        ("talk to it", f"python launch/chat.py {shlex.quote(f'run={run_dir}')}"),
     ]

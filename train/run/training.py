@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from tunesmith.train.checkpoint import find as checkpoint_find
 from tunesmith.train.config.compose import Composed
+from tunesmith.train.config.override_text import typed
 from tunesmith.train.errors import EXIT_STOPPED, Stopped, TrainingError, TunesmithError
 from tunesmith.train.files import run_folder
 from tunesmith.train.files.fence import Token, fence, token_from_environment
@@ -88,7 +89,8 @@ def _tell_stopped(run: Run, session: Session, stopped: Stopped) -> None:
     if newest and checkpoints.saved_step != step:  # a full disk, or checkpoint.at_end=false
         saved = f"that step could not be saved, the newest checkpoint is {newest}"
     run.reporter.note(
-        f"stopped at step {step} ({stopped.reason}); {saved}. To go on: the same command, with output_dir={run.run_dir}"
+        f"stopped at step {step} ({stopped.reason}); {saved}. To go on: the same command, with "
+        f"{typed('output_dir', run.run_dir)}"
     )
     summary = {
         "status": "stopped",

@@ -8,8 +8,13 @@ from tunesmith.train.track.report_html import render_html
 from tunesmith.train.track.report_png import render_png
 
 
-def write_report(run_dir: Path) -> None:
-    """Writes <run>/report.html and <run>/report.png."""
+def write_report(run_dir: Path) -> str:
+    """Writes <run>/report.html and <run>/report.png; returns what it has to say of them, if anything."""
     run = read_run(run_dir)
     write_atomically(run_dir / "report.html", render_html(run).encode())
-    write_atomically(run_dir / "report.png", render_png(run))
+    try:
+        picture = render_png(run)
+    except ModuleNotFoundError as error:
+        return f"no report.png without {error.name}: pip install 'tunesmith[report]'; report.html has the charts"
+    write_atomically(run_dir / "report.png", picture)
+    return ""

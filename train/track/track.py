@@ -11,6 +11,7 @@ import netrc
 import os
 import queue
 import secrets
+import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -306,7 +307,7 @@ class WandbThread:
 
 
 def sync_hint(run: Any) -> str:
-    return f"upload it with `wandb sync {Path(run.dir).parent}`"
+    return f"upload it with `wandb sync {shlex.quote(str(Path(run.dir).parent))}`"
 
 
 def one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from tunesmith.train.config.config import Config, EngineConfig, Offload, Precision
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.paths import resolve_path
 from tunesmith.train.redact import redact
 
 FP32_STATE = "Tunesmith, which keeps master weights and moments in fp32"
@@ -138,7 +139,7 @@ def _zero(engine: EngineConfig) -> dict[str, Any]:
 
 def _offload(where: Offload, nvme_path: str | None) -> dict[str, Any]:
     tree: dict[str, Any] = {"device": str(where), "pin_memory": True}
-    return tree | ({"nvme_path": nvme_path} if where is Offload.nvme else {})
+    return tree | ({"nvme_path": nvme_path and resolve_path(nvme_path)} if where is Offload.nvme else {})
 
 
 @contextmanager

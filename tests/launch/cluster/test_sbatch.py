@@ -1,6 +1,9 @@
 """The script of a job: what SLURM is asked for, and that bash gives back every argument as it was typed."""
 
+import contextlib
 import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from tunesmith.train.config.config import ClusterConfig, ClusterKind
 from tunesmith.train.errors import ConfigError
 
 HOSTILE = ["two words", "it's", '"', "$(touch canary)", "`id`", "new\nline", "a\r\nb", "\\", "--", "-", "", "é", "$'x'"]
+ODD_FOLDER = """l'été (1)/a=b,c [2] {3} $HOME ~x "q" 100% #;&|"""
 WHOLE = JobSpec(
     run_dir=Path("/runs/a b"),
     overrides=["+exp=debug", *HOSTILE],
@@ -85,11 +89,36 @@ def test_control_characters_are_written_as_escapes(text):
     assert done.stdout.decode() == text.split("\x00")[0]  # no argument of a program holds a NUL
 
 
-@pytest.mark.parametrize(("name", "key"), [('a"b', "at: name"), ("a\\b", "at: name"), ("a\nb", "at: name")])
+@pytest.mark.parametrize(("name", "key"), [("a\\b", "at: name"), ("a\nb", "at: name"), (900 * "é" + "é", "at: name")])
 def test_what_no_directive_can_hold_is_refused(name, key):
     with pytest.raises(ConfigError, match="cannot be written in a script of sbatch") as caught:
         render(WHOLE, ClusterConfig(), name)
     assert key in str(caught.value)
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="sbatch is what reads directives")
+def test_sbatch_reads_a_folder_as_it_is_called(tmp_path):
+    folder = tmp_path / ODD_FOLDER
+    folder.mkdir(parents=True)
+    with contextlib.chdir(folder):
+        script = render(JobSpec(run_dir=folder, overrides=[]), ClusterConfig(), 'l\'été "1"')
+    (tmp_path / "script.sh").write_text(script)
+    conf = "ClusterName=x\nSlurmctldHost=localhost\nNodeName=localhost\nPartitionName=p Nodes=ALL\nAuthType=auth/none\n"
+    (tmp_path / "slurm.conf").write_text(f"{conf}MessageTimeout=1\nSlurmctldPort=1\n")
+    env = {"SLURM_CONF": str(tmp_path / "slurm.conf"), "PATH": os.environ["PATH"]}
+    sbatch = ["sbatch", "-vv", "--test-only", str(tmp_path / "script.sh")]
+    asked = subprocess.Popen(sbatch, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    rows = {}
+    for line in asked.stdout:  # it says what it has read, and then asks a controller that is not there
+        name, _, value = line.removeprefix("sbatch: ").partition(":")
+        rows[name.strip()] = value.strip()
+        if "output" in rows:
+            break
+    asked.kill()
+    asked.communicate()
+    assert rows["chdir"] == str(folder)
+    assert rows["output"] == f"{folder}/job/job-".replace("%", "%%") + "%j.log"
+    assert rows["job-name"] == 'l\'été "1"'
 
 
 def test_each_rank_is_a_task_of_its_own_with_its_own_log():

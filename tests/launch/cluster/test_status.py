@@ -3,10 +3,12 @@
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 
 from tunesmith.launch.cluster import status as module
+from tunesmith.launch.cluster.figures import moment
 from tunesmith.launch.cluster.queue import JobFacts
 from tunesmith.launch.cluster.status import status, status_of, words
 from tunesmith.train.errors import ConfigError, TrainingError
@@ -125,6 +127,34 @@ def test_torn_and_foreign_lines_are_passed_over(make_run, queue_says):
     found = status_of(run)
     assert found["progress"]["step"] == 3
     assert not found["job"]["has_ended"]
+
+
+ABSURD = [-1, 0, 0.5, 1e300, -1e300, 2**63, 1e16, True, None, "12", "", [], {}, [[1]], {"a": 1}]
+
+
+@pytest.mark.parametrize("value", ABSURD, ids=repr)
+def test_absurd_figures_are_not_known(make_run, queue_says, capsys, value):
+    queue_says(replace(RUNNING, start_time=moment(value), end_time=moment(value)))
+    event = {"restart": value, "time": value, "cause": value, "then": value, "node": value, "reason": value}
+    events = [{**event, "event": name} for name in ("started", "sick", "ended")]
+    run = make_run(job={"job_id": "12", "submitted": value, "max_restarts": value}, events=events, steps=2)
+    figures = ("step", "train/loss", "throughput/step_seconds", "throughput/tokens_per_second")
+    with (run / "metrics.jsonl").open("a") as file:
+        for name in figures:
+            file.write(json.dumps({"step": 3, "train/loss": 1.0, name: value}) + "\n")
+        file.write(json.dumps(dict.fromkeys(figures, value) | {"step": 4}) + "\n")
+    (run / "plan.json").write_text(json.dumps({"total_steps": value}))
+    (run / "summary.json").write_text(json.dumps({"status": value, "steps": value, "error": value}))
+    (run / "checkpoints" / f"step-{'9' * 30}").mkdir(parents=True)
+    (run / "checkpoints" / f"step-{'9' * 30}" / "MANIFEST.json").write_text("{}")
+    status([str(run)])
+    assert "step        4" in capsys.readouterr().out
+    status(["--json", str(run)])
+    found = json.loads(capsys.readouterr().out)
+    assert found["progress"]["step"] == 4
+    assert found["progress"]["loss"] == (value if value in (-1, 0, 0.5) and value is not True else None)
+    assert found["job"]["restart"] == 1
+    assert found["checkpoint"] is None
 
 
 def test_of_a_long_run_the_end_is_read(make_run, queue_says):

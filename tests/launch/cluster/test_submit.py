@@ -37,7 +37,7 @@ def test_cluster_slurm_is_implied_and_the_ranks_get_the_listed_variables_alone(t
         (["cluster=local"], "launch/slurm.py submits runs with cluster=slurm, not local."),
         (["cluster.nodes=3"], "global_batch_size=4 does not divide"),
         (["cluster.nodez=3"], "there is no setting 'cluster.nodez'. Did you mean cluster.nodes?"),
-        (["name='a\"b'"], "cannot be written in a script of sbatch"),
+        ([f"output_dir={Path.cwd()}/a\\b"], "cannot be written in a script of sbatch"),
         (["data.train='https://u:hunter22@h/x.jsonl'"], "data.train holds a secret, and a job's script writes down"),
         (["track.group='password=hunter22'"], "track.group holds a secret"),
         (["cluster.env=['DB_URL=postgres://u:hunter22@h/db']"], "holds a secret"),

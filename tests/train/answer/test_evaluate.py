@@ -1,13 +1,14 @@
 """Evaluation does not depend on batch size or ranks, and is what a plain computation gives."""
 
 import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from matrices import covered
 
-from tunesmith.train.answer.scores import answer_metrics, same_answer
+from tunesmith.train.answer.scores import answer_metrics, rouge_l, same_answer
 from tunesmith.train.data.order import rank_batches
 from tunesmith.train.ranks.distributed import World
 
@@ -79,6 +80,41 @@ def test_exact_match_and_rouge_l_are_means_over_answers():
     assert figures["eval/exact_match"] == pytest.approx(2 / 3)
     assert figures["eval/rouge_l"] == pytest.approx((1 + 1 + 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)) / 3)
     assert answer_metrics([], []) == {}
+
+
+# Computed once with rouge-score 0.1.2: RougeScorer(["rougeL"], use_stemmer=False).score(expected, generated).fmeasure
+ROUGE_L = [
+    ("open the app and press reset", "press reset and open the app", 0.5),
+    ("no refund", "yes refund now", 0.4),
+    ("a b c d e f", "a x b y c z", 0.5),
+    ("", "", 0),
+    ("", "x", 0),
+    ("x", "", 0),
+    ("...", "...", 0),
+    ("Hello, WORLD!", "hello world", 1.0),
+    ("Größe und Maße", "Grösse und Masse", 0.4444444444444445),
+    ("日本語", "日本語", 0),
+    ("it's 3.14", "its 3 14", 0.5714285714285715),
+    ("a a a b", "a b a a", 0.75),
+    ("İstanbul", "istanbul", 0.0),
+    ("the the the", "the", 0.5),
+]
+
+
+@pytest.mark.parametrize(("expected", "generated", "value"), ROUGE_L)
+def test_rouge_l_is_that_of_rouge_score(expected, generated, value):
+    assert rouge_l(generated, expected) == value
+
+
+def test_rouge_l_of_500_random_pairs_is_that_of_rouge_score():
+    lots, words = random.Random(7), [*"abcdeFGé12", "it's", "x-y", ",", ".", "Ω"]
+
+    def sentence():
+        return lots.choice([" ", "  ", "\n", "-"]).join(lots.choices(words, k=lots.randint(0, 12)))
+
+    pairs = [(sentence(), sentence()) for _ in range(500)]
+    values = [rouge_l(generated, expected) for expected, generated in pairs]
+    assert math.fsum(values) == pytest.approx(89.49314067096819, abs=1e-12)  # rouge-score 0.1.2, as above
 
 
 def test_an_answer_with_other_words_is_not_the_same():

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import struct
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def page(run_dir: Path) -> str:
-    write_report(run_dir)
+    assert write_report(run_dir) == ""
     return (run_dir / "report.html").read_text()
 
 
@@ -173,7 +174,7 @@ def test_no_secret_of_the_config_is_shown(run_dir: Path) -> None:
 
 
 def test_the_picture_is_a_png_of_1600_by_1000(run_dir: Path) -> None:
-    write_report(run_dir)
+    assert write_report(run_dir) == ""
     content = (run_dir / "report.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", content[16:24]) == (1600, 1000)
@@ -289,3 +290,14 @@ def test_the_labels_of_an_axis_agree(ticks: list[float], labels: list[str]) -> N
 def test_the_axis_starts_at_zero_when_zero_is_near(values: list[float], low: float) -> None:
     points = [list(enumerate(values))]
     assert value_range(Chart("x", ()), points) == (low, 2.5)
+
+
+def test_without_matplotlib_the_page_has_the_charts_and_a_sentence_says_what_is_missing(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert write_report(run_dir) == (
+        "no report.png without matplotlib: pip install 'tunesmith[report]'; report.html has the charts"
+    )
+    assert not (run_dir / "report.png").exists()
+    assert "<path" in (run_dir / "report.html").read_text()
