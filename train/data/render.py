@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.train.config.config import Targets
 from tunesmith.train.data.encode import Encoder, Tokens
-from tunesmith.train.data.records import Message, Record
+from tunesmith.train.data.messages import Message
+from tunesmith.train.data.records import Record
 from tunesmith.train.data.template import ChatTemplate, Job, Messages, Tools, opened_thought, shared_prefix
 from tunesmith.train.errors import DataError, ModelError
 

@@ -3,11 +3,16 @@ import sys
 
 import pytest
 
-from tunesmith.train.data.records import read_records
+from tunesmith.train.data import records as records_module
+from tunesmith.train.data.sources import find_sources
 from tunesmith.train.errors import DataError
 
 GOOD = {"prompt": "a", "completion": "b"}
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def read_records(names):
+    return records_module.read_records(find_sources(names))
 
 
 def answer(**more):
@@ -49,7 +54,7 @@ BAD_ROWS = [
     (b"{nope}", "not JSON: "),
     (b'[{"prompt": "a"}]', "not a JSON object but a list"),
     (b'{"prompt": "a", "completion": "\xff"}', "not UTF-8 at byte 32 of the line (0xff)"),
-    (b'{"prompt": "a\x00", "completion": "b"}', "NUL bytes; the file is not UTF-8 text, or was damaged"),
+    (b'{"prompt": "a\x00", "completion": "b"}', "NUL bytes; the file was damaged"),
     ({"prompt": "a\0", "completion": "b"}, "prompt: contains a NUL character"),
     ({"prompt": 12, "completion": "b"}, "prompt: must be a string, not 12"),
     ({"prompt": "a", "completion": None}, "completion: must be a string, not null"),

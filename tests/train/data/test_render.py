@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tunesmith.train.config.config import Targets
-from tunesmith.train.data.records import Message, Record
+from tunesmith.train.data.messages import Message
+from tunesmith.train.data.records import Record
 from tunesmith.train.data.render import encode_prompt, render, stop_token_ids
 from tunesmith.train.data.tokenizer import CHATML_TEMPLATE, RAW_TEMPLATE
 from tunesmith.train.errors import DataError, ModelError
@@ -346,10 +347,11 @@ def test_ids_of_a_conversation_do_not_change(make_tokenizer):
 @pytest.mark.parametrize("template", [CHATML_TEMPLATE, RAW_TEMPLATE])
 def test_a_real_tokenizer_on_real_rows(template):
     from tunesmith.train.data.records import read_records
+    from tunesmith.train.data.sources import find_sources
 
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizer")
     tokenizer.chat_template = template
-    for rec in read_records([str(SHARED / "support/train.jsonl")])[:200]:
+    for rec in read_records(find_sources([str(SHARED / "support/train.jsonl")]))[:200]:
         (rendered,) = render(tokenizer, rec, Targets.all_turns)
         assert learned(tokenizer, rendered) == [rec.messages[1].content + "<|endoftext|>"]
         assert prefix(rendered) == encode_prompt(tokenizer, context(rec, 1))
