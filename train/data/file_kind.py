@@ -34,6 +34,7 @@ MAGIC = {
 }
 MARKUP = re.compile(rb"<(?:!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
 COLUMN = re.compile(rb'"?[\w .\-/]{1,40}"?')  # its name
+ROW = re.compile(rb"\s*\{")
 OPENED = re.compile(rb'\{\s*(?:"[^"]*"\s*:\s*[\[{]?\s*)?')  # all that the first line of a spread-out object may hold
 
 
@@ -78,6 +79,6 @@ def _delimiter(text: bytes) -> str | None:
     heading, _, rest = text.partition(b"\n")
     for sign in (",", "\t", ";"):
         cells = heading.strip().split(sign.encode())
-        if len(cells) > 1 and all(map(COLUMN.fullmatch, cells)) and sign.encode() in rest:
+        if len(cells) > 1 and all(map(COLUMN.fullmatch, cells)) and sign.encode() in rest and not ROW.match(rest):
             return sign
     return None

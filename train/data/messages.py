@@ -127,7 +127,7 @@ def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
         except ValueError as error:
             raise RowError(
                 f"{at}.tool_calls[{index}]",
-                f"the arguments are no JSON object: {error}",
+                f"arguments are no JSON object: {error}",
                 'write {"name": value, ...}, as an object or as JSON text.',
             ) from error
     return parsed

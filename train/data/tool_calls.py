@@ -11,7 +11,10 @@ def to_object(arguments: Any) -> Any:
     """The object that JSON text spells; what is no text stays. Raises ValueError for text that spells no object."""
     if not isinstance(arguments, str):
         return arguments
-    value = orjson.loads(arguments) if arguments.strip() else {}  # "" is how OpenAI writes a call without arguments
+    try:
+        value = orjson.loads(arguments) if arguments.strip() else {}  # "" is how OpenAI writes a call without arguments
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at column {error.colno}") from error
     if not isinstance(value, dict):
         raise ValueError("JSON, but no object")
     return value
