@@ -11,6 +11,7 @@ from tunesmith.train.data.tool_calls import to_object, with_arguments
 ROLES = ("system", "developer", "user", "assistant", "tool")
 INSTRUCTIONS = ("system", "developer")
 UNASKED = object()
+MAX_DEPTH = 64  # of objects and lists: what reads a row calls itself, and Python's limit is near 1000
 MAX_WEIGHT = 3.4e38  # float32
 # Spaces, and characters that nobody sees: zero-width ones, controls, fillers, joiners, variation selectors.
 BLANK = re.compile(
@@ -111,6 +112,8 @@ def _message(message: Any, at: str) -> Message:
     }
     if calls_tools:
         extra["tool_calls"] = _tool_calls(message["tool_calls"], at)
+    if is_too_deep(extra):
+        raise RowError(at, f"nested more than {MAX_DEPTH} levels deep", "flatten it, or delete the row.")
     if typo := get_close_matches("weight", extra, n=1, cutoff=0.8):
         raise RowError(f"{at}.{typo[0]}", "unknown field; did you mean 'weight'?", "rename it to 'weight'.")
     return Message(role, content, _weight(message, role, at), extra)
@@ -118,7 +121,9 @@ def _message(message: Any, at: str) -> Message:
 
 def _tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
     """The calls with their arguments as objects."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+    if not isinstance(calls, list) or not all(
+        isinstance(call, dict) and isinstance(call.get("function", {}), dict) for call in calls
+    ):
         raise RowError(f"{at}.tool_calls", "must be a list of objects", "write them as in OpenAI's format.")
     parsed = []
     for index, call in enumerate(calls):
@@ -162,6 +167,13 @@ def text_of(row: dict[str, Any], name: str, at: str) -> str:
     if "\0" in text:
         raise RowError(at, "contains a NUL character", "delete the character.")
     return text
+
+
+def is_too_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_too_deep(item, levels - 1) for item in items)
 
 
 def kind_of(value: Any) -> str:

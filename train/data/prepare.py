@@ -39,7 +39,7 @@ from tunesmith.train.errors import DataError
 from tunesmith.train.paths import resolve_path
 from tunesmith.train.ranks.distributed import world_from_environment
 
-FORMAT_VERSION = 1  # raise it when the same input gives other arrays
+FORMAT_VERSION = 2  # raise it when the same input gives other arrays
 CHUNK = 1000  # records rendered and tokenised together
 
 __all__ = ["DataReport", "PreparedData", "Question", "SplitReport", "prepare"]

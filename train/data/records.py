@@ -7,7 +7,16 @@ from typing import Any
 
 import orjson
 
-from tunesmith.train.data.messages import BLANK, Message, RowError, kind_of, parse_messages, text_of
+from tunesmith.train.data.messages import (
+    BLANK,
+    MAX_DEPTH,
+    Message,
+    RowError,
+    is_too_deep,
+    kind_of,
+    parse_messages,
+    text_of,
+)
 from tunesmith.train.data.sources import Source
 from tunesmith.train.errors import DataError
 
@@ -165,6 +174,8 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
         raise RowError(
             "tools", f"must be a list of JSON schemas, not {kind_of(tools)}", "write them as in OpenAI's format."
         )
+    if is_too_deep(tools):
+        raise RowError("tools", f"nested more than {MAX_DEPTH} levels deep", "flatten it, or delete the row.")
     return tools or None
 
 

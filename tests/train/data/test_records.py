@@ -1,4 +1,5 @@
 import gzip
+import json
 import shlex
 import sys
 
@@ -88,6 +89,10 @@ def call_with(arguments):
     return answer(tool_calls=[{"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}}])
 
 
+def nested(levels):
+    return json.loads('{"a":' * levels + "1" + "}" * levels)
+
+
 SYSTEM = {"role": "system", "content": "be kind"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": {}}}]}
 RESULT = {"role": "tool", "content": "4711"}
@@ -135,13 +140,15 @@ BAD_CHATS = [
         "messages[1].tool_calls[0]: arguments are no JSON object: unexpected end of data at column 10",
     ),
     (call_with("[1]"), "messages[1].tool_calls[0]: arguments are no JSON object: JSON, but no object"),
+    (call_with(nested(300)), "messages[1]: nested more than 64 levels deep"),
+    ({**CHAT, "tools": [nested(300)]}, "tools: nested more than 64 levels deep"),
     ({**CHAT, "tools": "search"}, "tools: must be a list of JSON schemas, not the text 'search'"),
 ]
 
 
 @pytest.mark.parametrize(("row", "problem"), BAD_CHATS)
 def test_a_bad_conversation_is_named_with_file_line_and_field(row, problem, write_jsonl):
-    path = write_jsonl([CHAT, row])
+    path = write_jsonl([CHAT, json.dumps(row).encode()])
     with pytest.raises(DataError) as caught:
         read_records([path])
     assert caught.value.what == f"{path}:2: {problem}"
