@@ -28,6 +28,7 @@ from tunesmith.launch.arguments import main, take_option
 from tunesmith.launch.training_process import TrainingProcess
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
 from tunesmith.train.files.step_folders import newest_checkpoint
+from tunesmith.train.printable import printable
 from tunesmith.train.ranks.fault_plan import RESTART
 from tunesmith.train.ranks.stop import SIGNALS, end
 
@@ -160,7 +161,7 @@ def _is_finished(folder: Path, code: int) -> bool:
 
 
 def tell(text: str) -> None:
-    sys.stderr.write(f"supervise: {text}\n")
+    sys.stderr.write(f"supervise: {printable(text)}\n")
     sys.stderr.flush()
 
 
