@@ -98,7 +98,7 @@ def _rows(source: Source) -> Iterator[tuple[str, Any]]:
 
 def _not_json(line: bytes, error: orjson.JSONDecodeError) -> RowError:
     if b"\0" in line:
-        return RowError("", "NUL bytes; the file was damaged", "copy the file again, or delete the line.")
+        return RowError("", "NUL bytes; the file is not UTF-8 text, or was damaged", "save the file as UTF-8.")
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as bad:

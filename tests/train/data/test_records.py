@@ -56,7 +56,7 @@ BAD_ROWS = [
     (b"{nope}", "not JSON: "),
     (b'[{"prompt": "a"}]', "not a JSON object but a list"),
     (b'{"prompt": "a", "completion": "\xff"}', "not UTF-8 at byte 32 of the line (0xff)"),
-    (b'{"prompt": "a\x00", "completion": "b"}', "NUL bytes; the file was damaged"),
+    (b'{"prompt": "a\x00", "completion": "b"}', "NUL bytes; the file is not UTF-8 text, or was damaged"),
     ({"prompt": "a\0", "completion": "b"}, "prompt: contains a NUL character"),
     ({"prompt": 12, "completion": "b"}, "prompt: must be a string, not 12"),
     ({"prompt": "a", "completion": None}, "completion: must be a string, not null"),
