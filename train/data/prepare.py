@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import orjson
 import tokenizers
+import torch
 import transformers
 from rich.console import Console
 from rich.progress import (
@@ -37,7 +38,7 @@ from tunesmith.train.data.split_builder import SplitBuilder
 from tunesmith.train.data.store import TokenStore
 from tunesmith.train.errors import DataError
 from tunesmith.train.paths import resolve_path
-from tunesmith.train.ranks.distributed import world_from_environment
+from tunesmith.train.ranks.distributed import broadcast_text, first_problem, world_from_environment
 
 FORMAT_VERSION = 2  # raise it when the same input gives other arrays
 CHUNK = 1000  # records rendered and tokenised together
@@ -94,6 +95,17 @@ def prepare(
         fingerprint=folder.name,
         _read_train_questions=lambda: read_questions(folder / "train/questions.jsonl", tokenizer),
     )
+
+
+def check_same_data(fingerprint: str, device: torch.device) -> None:
+    """Every rank calls it with what it has prepared. Raises DataError, the same on all, when ranks have other data."""
+    own = fingerprint == broadcast_text(fingerprint, device)
+    if problem := first_problem("" if own else f"{fingerprint}, rank 0 has another", device):
+        raise DataError(
+            f"ranks have prepared other data: {problem}.",
+            at="data.train",
+            do="see that no file changes while the run starts, and that all nodes hold the same files.",
+        )
 
 
 def _settings(config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples) -> dict[str, Any]:

@@ -107,6 +107,20 @@ def test_other_content_under_the_same_name_is_another_key(make_tokenizer, make_c
     assert "nine" in make_tokenizer().decode(after.train.record(0)[0])
 
 
+def compared(rank, fingerprints):
+    try:
+        prepare_module.check_same_data(fingerprints[rank.world.rank], rank.device)
+    except DataError as error:
+        return error.what
+    return ""
+
+
+def test_ranks_with_other_data_are_told_so_together(ranks):
+    assert ranks(2).run(compared, fingerprints=["one", "one"]) == ["", ""]
+    problem = "ranks have prepared other data: rank 1: two, rank 0 has another."
+    assert ranks(2).run(compared, fingerprints=["one", "two"]) == [problem] * 2
+
+
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
 def test_what_is_read_is_what_was_digested(name, make_tokenizer, make_config, write_jsonl, tmp_path, monkeypatch):
     """The file is rewritten after its digest was taken: the old key must not get the new words."""
