@@ -63,7 +63,7 @@ def test_progress_tells_of_every_byte(tmp_path):
 
 
 def on_two_ranks(rank, root, late=0.0):
-    """Returns the numbers of (blocks hashed, folders built) by this rank."""
+    """What this rank has hashed (blocks) and built (folders), and when it began and ended."""
     counts = {"hashed": 0, "built": 0}
     crc = block_sums._crc
 
@@ -79,20 +79,24 @@ def on_two_ranks(rank, root, late=0.0):
     block_sums._crc = counting
     try:
         time.sleep(late if rank.world.rank == 0 else 0.0)
+        counts["began"] = time.monotonic()
         folder = open_or_build(cache.Path(root), "name", lambda: ("key", build))
         assert (folder / "x").stat().st_size == 9 * MIB
     finally:
         block_sums._crc = crc
-    return [counts["hashed"], counts["built"]]
+    return counts | {"ended": time.monotonic()}
 
 
 def test_one_rank_of_a_host_builds_and_checks_and_the_others_believe_it(ranks, tmp_path):
-    pool = ranks(2)
-    assert pool.run(on_two_ranks, root=str(tmp_path), late=0.5) == [[3, 1], [0, 0]]  # rank 0, although it comes last
-    for late in (0.0, 0.5):  # what an earlier start has found is not believed
-        assert pool.run(on_two_ranks, root=str(tmp_path), late=late) == [[3, 0], [0, 0]]
+    def start(late=0.0):
+        first, second = ranks(2).run(on_two_ranks, root=str(tmp_path), late=late)
+        assert second["ended"] > first["began"]  # what an earlier start has found is not believed
+        return [(rank["hashed"], rank["built"]) for rank in (first, second)]
+
+    assert start(late=0.5) == [(3, 1), (0, 0)]  # rank 0, although it comes last
+    assert start() == start(late=0.5) == [(3, 0), (0, 0)]
     (tmp_path / "key/x").write_bytes(b"x" * 4 * MIB + b"y" + b"x" * (5 * MIB - 1))
-    assert [built for _, built in pool.run(on_two_ranks, root=str(tmp_path))] == [1, 0]
+    assert [built for _, built in start(late=0.5)] == [1, 0]
 
 
 def test_a_rank_whose_first_rank_never_comes_works_itself(monkeypatch, tmp_path):
