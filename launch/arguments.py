@@ -10,7 +10,7 @@ from typing import NoReturn
 from tunesmith.train.errors import ConfigError, Stopped, TunesmithError
 from tunesmith.train.paths import user_path
 from tunesmith.train.ranks.stop import end, end_stopped, rank_in_environment, report_end
-from tunesmith.train.redact import print_traceback, redact_text, redact_uncaught
+from tunesmith.train.redact import on_screen, print_traceback, redact_uncaught
 
 EXIT_INTERRUPTED = 130  # Ctrl-C in a script that has nothing to save
 OTHERS_WAIT_SECONDS = 15.0  # for rank 0 to print it first
@@ -107,9 +107,9 @@ def main(body: Callable[[list[str]], object]) -> NoReturn:
     except TunesmithError as error:
         if rank_in_environment() > 0:
             time.sleep(OTHERS_WAIT_SECONDS)
-        sys.stderr.write(f"{redact_text(str(error))}\n")
+        sys.stderr.write(f"{on_screen(str(error))}\n")
         sys.stderr.flush()
-        end(error.exit_code, redact_text(" ".join(error.what.split())))
+        end(error.exit_code, on_screen(" ".join(error.what.split())))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.stderr.flush()

@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith.launch.arguments import key_values, main, run_dir_of, whole_number
 from tunesmith.train.errors import ConfigError
+from tunesmith.train.printable import printable
 
 DEFAULTS = {"run": "", "prompt": "", "system": "", "max_new_tokens": "256", "temperature": "0"}
 
@@ -51,7 +52,7 @@ def _answer(bot: Any, history: list[dict[str, Any]], question: str) -> None:
     history.append({"role": "user", "content": question})
     text = ""
     for piece in bot.stream(history):
-        sys.stdout.write(piece)
+        sys.stdout.write(printable(piece))
         sys.stdout.flush()
         text += piece
     sys.stdout.write("\n")

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tunesmith.launch.arguments import main, show_help, take_option
+from tunesmith.train.printable import printable
 
 
 def slurm(arguments: list[str]) -> None:
@@ -47,7 +48,7 @@ def _submit(arguments: list[str]) -> None:
     if "--dry-run" in rest:
         sys.stdout.buffer.write(submission.script.encode(errors="surrogateescape"))
         sys.stdout.flush()
-        sys.stderr.write(f"{ask_slurm(submission)}\n")
+        sys.stderr.write(f"{printable(ask_slurm(submission))}\n")
         return
     job_id = send(submission)
     run = shlex.quote(str(submission.spec.run_dir))

@@ -31,6 +31,7 @@ from tunesmith.train.config.override_text import override_of
 from tunesmith.train.errors import EXIT_MISTAKE, EXIT_STOPPED, ConfigError
 from tunesmith.train.files.step_folders import newest_checkpoint
 from tunesmith.train.paths import user_path
+from tunesmith.train.printable import printable
 from tunesmith.train.ranks.fault_plan import RESTART
 from tunesmith.train.ranks.stop import SIGNALS, end
 
@@ -163,7 +164,7 @@ def _is_finished(folder: Path, code: int) -> bool:
 
 
 def tell(text: str) -> None:
-    sys.stderr.write(f"supervise: {text}\n")
+    sys.stderr.write(f"supervise: {printable(text)}\n")
     sys.stderr.flush()
 
 

@@ -14,8 +14,8 @@ from matrices import covered
 ROOT = Path(__file__).parents[1]
 # Each may import those before it. engine and optimizer are files, the others folders.
 ROOMS = (
-    *("errors", "paths", "redact", "config", "ranks", "files", "data", "track", "watch", "zero", "model", "objective"),
-    *("optimizer", "engine", "checkpoint", "answer", "run"),
+    *("errors", "paths", "printable", "redact", "config", "ranks", "files", "data", "track", "watch", "zero", "model"),
+    *("objective", "optimizer", "engine", "checkpoint", "answer", "run"),
 )
 APART = {("answer", "checkpoint"), ("watch", "data"), ("objective", "track"), ("objective", "watch")}
 # Libraries that are at home in some rooms only.

@@ -12,6 +12,8 @@ import threading
 import traceback
 from typing import Any
 
+from tunesmith.train.printable import printable
+
 HIDDEN = "***"
 
 
@@ -71,9 +73,14 @@ def redact_text(text: str) -> str:
     return _redact_text(text, known_secrets())
 
 
+def on_screen(text: str) -> str:
+    """As a text is shown to people: without secrets, and without what would drive their terminal."""
+    return printable(redact_text(text))
+
+
 def print_traceback(error: BaseException) -> None:
     """Prints to stderr as Python does, without secrets."""
-    sys.stderr.write(redact_text("".join(traceback.format_exception(error))))
+    sys.stderr.write(on_screen("".join(traceback.format_exception(error))))
     sys.stderr.flush()
 
 

@@ -13,6 +13,7 @@ from tunesmith.launch.arguments import run_argument, show_help
 from tunesmith.launch.cluster.job_folder import JobFolder, run_folder_of, the_job
 from tunesmith.launch.cluster.queue import JobFacts, cancel_job, has_steps, job_facts, signal_steps
 from tunesmith.train.errors import ConfigError, TrainingError
+from tunesmith.train.printable import printable
 
 USAGE = "write: python launch/slurm.py cancel [--save] <run>"
 
@@ -41,7 +42,7 @@ def cancel(arguments: list[str]) -> None:
         if not was_forbidden:
             job.stop_file.unlink(missing_ok=True)  # it was not cancelled: it may restart as before
         raise
-    sys.stdout.write(f"{said}\n")
+    sys.stdout.write(f"{printable(said)}\n")
 
 
 def _cancel(job: JobFolder, facts: JobFacts, *, save: bool) -> str:

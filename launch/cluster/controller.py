@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tunesmith.launch.cluster.queue import ask
 from tunesmith.train.errors import TrainingError
+from tunesmith.train.printable import printable
 
 BAD_STATE = re.compile(r"DOWN|FAIL|NOT_RESPONDING|DRAIN|POWER|UNKNOWN|ERROR|INVAL")
 BY_WHOM = re.compile(r"\s*\[\S+@\S+\]$")  # who set the state, and when
@@ -39,7 +40,9 @@ def requeue(job_id: str, exclude: Sequence[str]) -> str:
         return " ".join(done.stderr.split()) or f"exit code {done.returncode}"
     done = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")  # an empty list clears it
     if done.returncode:
-        sys.stdout.write(f"job: SLURM does not exclude {', '.join(exclude)}: {' '.join(done.stderr.split())}\n")
+        sys.stdout.write(
+            f"job: SLURM does not exclude {', '.join(exclude)}: {printable(' '.join(done.stderr.split()))}\n"
+        )
     return ""
 
 

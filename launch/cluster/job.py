@@ -38,7 +38,7 @@ from tunesmith.train.files.fence import fence, token_from_environment
 from tunesmith.train.files.step_folders import newest_checkpoint
 from tunesmith.train.ranks.fault_plan import RESTART
 from tunesmith.train.ranks.stop import ENDS, QUIETLY, RUNNING, end
-from tunesmith.train.redact import redact_text
+from tunesmith.train.redact import on_screen, redact_text
 from tunesmith.train.watch.node_facts import SICK_NODES
 
 PREFLIGHT_SECONDS = 120.0
@@ -285,7 +285,7 @@ class JobDriver:
 
 
 def tell(text: str) -> None:
-    sys.stdout.write(f"job: {redact_text(text)}\n")
+    sys.stdout.write(f"job: {on_screen(text)}\n")
     sys.stdout.flush()
 
 

@@ -21,6 +21,7 @@ from tunesmith.launch.cluster.job_folder import JobFolder, run_folder_of, the_jo
 from tunesmith.launch.cluster.log_file import LogFile
 from tunesmith.launch.cluster.queue import job_facts
 from tunesmith.train.errors import ConfigError, TrainingError
+from tunesmith.train.printable import printable
 from tunesmith.train.ranks.stop import end
 
 LINES_BEFORE_FOLLOWING = 10
@@ -180,6 +181,8 @@ class LogViewer:
         sys.stdout.flush()
 
     def _write(self, block: bytes) -> None:
+        if block and sys.stdout.isatty():
+            block = printable(block.decode(errors="backslashreplace")).encode()
         if block:
             sys.stdout.buffer.write(block)
 
@@ -213,5 +216,5 @@ class LogViewer:
         if text != self._said:
             self._said = text
             sys.stdout.flush()
-            sys.stderr.write(f"-- {text}\n")
+            sys.stderr.write(f"-- {printable(text)}\n")
             sys.stderr.flush()

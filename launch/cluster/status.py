@@ -24,7 +24,8 @@ from tunesmith.train.errors import ConfigError, TrainingError
 from tunesmith.train.files import manifest
 from tunesmith.train.files.run_folder import SUMMARY
 from tunesmith.train.files.step_folders import newest_checkpoint, step_folder
-from tunesmith.train.redact import redact_text
+from tunesmith.train.printable import printable
+from tunesmith.train.redact import on_screen
 from tunesmith.train.track.console import duration
 
 USAGE = "write: python launch/slurm.py status [--json] <run>"
@@ -41,11 +42,11 @@ def status(arguments: list[str]) -> None:
     names = [argument for argument in arguments if argument != "--json"]
     found = status_of(run_folder_of(run_argument(names, USAGE)))
     if "--json" in arguments:
-        sys.stdout.write(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode() + "\n")
+        sys.stdout.write(printable(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode()) + "\n")
         return
     rows = words(found)
     width = max(len(name) for name, _ in rows)
-    sys.stdout.write("".join(f"{name:{width}}  {redact_text(text)}\n" for name, text in rows))
+    sys.stdout.write("".join(f"{name:{width}}  {on_screen(text)}\n" for name, text in rows))
 
 
 def status_of(run: Path) -> Tree:

@@ -20,7 +20,7 @@ from tunesmith.train.errors import TunesmithError
 from tunesmith.train.files.run_folder import JOB
 from tunesmith.train.files.step_folders import newest_checkpoint
 from tunesmith.train.ranks.stop import SIGNALS
-from tunesmith.train.redact import redact_text
+from tunesmith.train.redact import on_screen, redact_text
 from tunesmith.train.track.console import duration, figure
 
 LOOK_SECONDS = 0.2
@@ -227,5 +227,5 @@ class SweepDriver:
 
 
 def say(text: str) -> None:
-    sys.stdout.write(f"sweep: {redact_text(text)}\n")
+    sys.stdout.write(f"sweep: {on_screen(text)}\n")
     sys.stdout.flush()

@@ -12,6 +12,7 @@ from tunesmith.launch.sweeping.plan import SweepPlan
 from tunesmith.launch.sweeping.result import SweepResult, read_result
 from tunesmith.launch.sweeping.trials import Trials
 from tunesmith.train.files.durable import write_atomically
+from tunesmith.train.printable import printable
 from tunesmith.train.redact import redact
 from tunesmith.train.track.console import duration
 
@@ -44,5 +45,5 @@ def show_table(result: SweepResult) -> None:
     done = sorted(result.done, key=lambda row: row.value, reverse=result.direction == "maximize")
     for row in [*done, *(row for row in result.rows if not row.values)]:
         style = "bold green" if row.number in result.best else "red" if row.status == "failed" else None
-        table.add_row(*[Text(cell) for cell in (*result.cells(row), duration(row.seconds))], style=style)
+        table.add_row(*[Text(printable(cell)) for cell in (*result.cells(row), duration(row.seconds))], style=style)
     Console().print(table)

@@ -59,9 +59,9 @@ CASES = {
     "not UTF-8": Case((), "{data}:2: not UTF-8 at byte 1", remedy="UTF-8", data=GOOD.encode() + b"\xff\xfe\n"),
     "a row nested too deep": Case(
         (),
-        "{data}:2: nested more than 64 deep",
-        remedy="flatter",
-        data=GOOD + f'{{"prompt": "a", "completion": "b", "tools": {"[" * 300}{"]" * 300}}}\n',
+        "{data}:2: tools: nested more than 64 levels deep",
+        remedy="flatten",
+        data=GOOD + f'{{"prompt": "a", "completion": "b", "tools": [{{"x": {"[" * 300}{"]" * 300}}}]}}\n',
     ),
     "a row nested too deep for JSON": Case((), "{data}:2: not JSON", data=GOOD + "[" * 5000),
     "a config.json nested too deep": Case((MODEL, "model.name_or_path={root}/deep_config"), "deep_config"),
@@ -394,7 +394,7 @@ def test_no_code_of_a_model_folder_has_run(root: Path, answers: dict[str, Any]) 
 
 
 def test_the_cache_holds_whole_folders_only(root: Path, answers: dict[str, Any]) -> None:
-    assert not [path for path in (root.parent / "cache").iterdir() if path.name.startswith(".")]
+    assert not [path for path in (root.parent / "cache").iterdir() if path.suffix == ".tmp"]
 
 
 def test_a_checkpoint_of_another_run_is_refused_once_for_all_ranks(root: Path, zygote: Zygote) -> None:

@@ -14,6 +14,7 @@ import pytest
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.data.cache import open_or_build
 from tunesmith.train.data.records import read_records
+from tunesmith.train.data.sources import Source, find_sources
 from tunesmith.train.errors import ConfigError, DataError, ModelError
 from tunesmith.train.files import run_folder
 from tunesmith.train.model.foreign_code import check_index
@@ -177,12 +178,12 @@ def test_devices_pipes_and_folders_are_no_data(tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     for name in ("/dev/zero", "/dev/stdin", "/dev/random", str(tmp_path / "pipe.jsonl"), str(tmp_path / "zero.jsonl")):
         with pytest.raises(DataError, match="there is no file or folder"):
-            read_records([name])
+            read_records(find_sources([name]))
     for name in (str(tmp_path), str(tmp_path / "folder.jsonl")):
         with pytest.raises(DataError, match=r"holds no \.jsonl or \.jsonl\.gz file"):
-            read_records([name])
+            read_records(find_sources([name]))
     with pytest.raises(DataError, match="no file matches"):
-        read_records([str(tmp_path / "*.jsonl")])
+        read_records(find_sources([str(tmp_path / "*.jsonl")]))
 
 
 @pytest.mark.row(21)
@@ -190,7 +191,7 @@ def test_a_line_of_50_mb_is_named_without_being_read(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(ROW.encode() + b'{"prompt": "' + b"a" * 50_000_000 + b'", "completion": "b"}\n')
     with pytest.raises(DataError, match=r"data\.jsonl:2: the line has more than 32 MiB") as caught:
-        read_records([str(path)])
+        read_records(find_sources([str(path)]))
     assert caught.value.do
 
 
@@ -206,8 +207,6 @@ def test_a_small_file_that_unpacks_to_a_thousand_times_its_size_is_refused(unit:
 
 
 def find_lines(path: Path) -> Any:
-    from tunesmith.train.data.sources import Source
-
     return Source(str(path), path).lines()
 
 
@@ -231,7 +230,8 @@ def test_a_damaged_list_of_weight_files_is_refused(text: str, tmp_path: Path) ->
 def test_prepared_data_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        folder = open_or_build(tmp_path / "cache", "key", lambda empty: (empty / "x").write_text("x") and None)
+        build = lambda empty: (empty / "x").write_text("x") and None  # noqa: E731
+        folder = open_or_build(tmp_path / "cache", "name", lambda: ("key", build))
     finally:
         os.umask(before)
     assert folder.is_dir()

@@ -2,33 +2,45 @@
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 import tokenizers
+import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.train.config.config import Config, Truncate
+from tunesmith.train.config.config import Config
 from tunesmith.train.data.cache import cache_folder, open_or_build
-from tunesmith.train.data.example import Example, MakesExamples
-from tunesmith.train.data.questions import Question, prompts_in, read_questions, write_question
-from tunesmith.train.data.records import MAX_SHOWN, Record, read_records
-from tunesmith.train.data.render import target_turns
+from tunesmith.train.data.example import MakesExamples
+from tunesmith.train.data.questions import Question, prompts_in, read_questions
+from tunesmith.train.data.records import Record, read_records
 from tunesmith.train.data.report import DataReport, SplitReport
-from tunesmith.train.data.sources import find_sources
-from tunesmith.train.data.store import TokenStore, write_store
+from tunesmith.train.data.sources import Source, find_sources
+from tunesmith.train.data.split_builder import SplitBuilder
+from tunesmith.train.data.store import TokenStore
 from tunesmith.train.errors import DataError
-from tunesmith.train.ranks.distributed import world_from_environment
+from tunesmith.train.paths import resolve_path
+from tunesmith.train.ranks.distributed import broadcast_text, first_problem, world_from_environment
 
-FORMAT_VERSION = 1  # raise it when the same input gives other arrays
+FORMAT_VERSION = 2  # raise it when the same input gives other arrays
 CHUNK = 1000  # records rendered and tokenised together
 
 __all__ = ["DataReport", "PreparedData", "Question", "SplitReport", "prepare"]
@@ -57,10 +69,21 @@ def prepare(
 
     objective makes the examples of the records. Raises: DataError for anything wrong with the data, with file and line.
     """
-    key = fingerprint(config, tokenizer, objective)
+    settings = _settings(config, tokenizer, objective)
     show = show_progress and world_from_environment().local_rank == 0
+
+    def plan() -> tuple[str, Callable[[Path], None]]:
+        train, validation = (_pinned(names) for names in (config.data.train_sources, config.data.validation_sources))
+        return _key(settings, train, validation), lambda empty: _build(
+            empty, train, validation, config, tokenizer, objective, show
+        )
+
+    places = [[_place(name) for name in split] for split in (config.data.train_sources, config.data.validation_sources)]
     folder = open_or_build(
-        cache_folder(config.data.cache_dir), key, lambda empty: _build(empty, config, tokenizer, objective, show)
+        cache_folder(config.data.cache_dir),
+        _hash({**settings, "data": places}),
+        plan,
+        lambda total: _progress(show, total, "Checking prepared data", DownloadColumn(binary_units=True)),
     )
     has_validation = (folder / "validation").is_dir()
     return PreparedData(
@@ -68,13 +91,30 @@ def prepare(
         validation=_open(folder / "validation", config) if has_validation else None,
         questions=read_questions(folder / "validation/questions.jsonl", tokenizer) if has_validation else [],
         report=DataReport.from_dict(orjson.loads((folder / "report.json").read_bytes())),
-        fingerprint=key,
+        fingerprint=folder.name,
         _read_train_questions=lambda: read_questions(folder / "train/questions.jsonl", tokenizer),
     )
 
 
 def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples) -> str:
-    """A hash of everything the prepared arrays depend on."""
+    """What prepare() gives for the data as it is now, without preparing it: the sources are digested."""
+    sources = (_pinned(names) for names in (config.data.train_sources, config.data.validation_sources))
+    return _key(_settings(config, tokenizer, objective), *sources)
+
+
+def check_same_data(fingerprint: str, device: torch.device) -> None:
+    """Every rank calls it with what it has prepared. Raises DataError, the same on all, when ranks have other data."""
+    own = fingerprint == broadcast_text(fingerprint, device)
+    if problem := first_problem("" if own else f"{fingerprint}, rank 0 has another", device):
+        raise DataError(
+            f"ranks have prepared other data: {problem}.",
+            at="data.train",
+            do="see that no file changes while the run starts, and that all nodes hold the same files.",
+        )
+
+
+def _settings(config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples) -> dict[str, Any]:
+    """Everything the prepared arrays depend on but the data."""
     backend = orjson.loads(tokenizer.backend_tokenizer.to_str())
     parts: dict[str, Any] = {
         "format": FORMAT_VERSION,
@@ -82,8 +122,6 @@ def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, objective: M
         "tokenizer": {name: value for name, value in backend.items() if name not in ("truncation", "padding")},
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
-        "train": [(source.name, source.digest()) for source in find_sources(config.data.train_sources)],
-        "validation": [(source.name, source.digest()) for source in find_sources(config.data.validation_sources)],
         "validation_fraction": config.data.validation_fraction,
         "split_seed": config.seed if config.data.validation_fraction else None,
         "truncate": config.data.truncate,
@@ -94,7 +132,26 @@ def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, objective: M
     if config.objective.kind != "sft":  # whose keys are as old as the cache
         source = Path(inspect.getfile(type(objective))).read_bytes()  # other code may make other examples
         parts["objective"] = [config.objective.kind, objective.cache_key(), hashlib.sha256(source).hexdigest()]
+    return parts
+
+
+def _key(settings: dict[str, Any], train: list[Source], validation: list[Source]) -> str:
+    content = [[(source.name, source.expected) for source in split] for split in (train, validation)]
+    return _hash({**settings, "train": content[0], "validation": content[1]})
+
+
+def _hash(parts: dict[str, Any]) -> str:
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
+
+
+def _place(name: str) -> str:
+    return str(Path(resolve_path(name)).expanduser().absolute())
+
+
+def _pinned(names: list[str]) -> list[Source]:
+    """The sources under some names with digests of their content, which reading them must meet again."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(Source.pinned, find_sources(names)))
 
 
 def split_records(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
@@ -119,22 +176,31 @@ def _open(folder: Path, config: Config) -> TokenStore:
 
 
 def _build(
-    folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples, show_progress: bool
+    folder: Path,
+    train: list[Source],
+    validation: list[Source],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: MakesExamples,
+    show_progress: bool,
 ) -> None:
-    splits = {"train": read_records(config.data.train_sources)}
-    if config.data.validation_sources:
-        splits["validation"] = read_records(config.data.validation_sources)
+    splits = {"train": read_records(train)}
+    if validation:
+        splits["validation"] = read_records(validation)
     elif config.data.validation_fraction:
         splits["train"], splits["validation"] = split_records(
             splits["train"], config.data.validation_fraction, config.seed
         )
     reports: dict[str, SplitReport] = {}
-    with _progress(show_progress, sum(map(len, splits.values()))) as advance:
+    with _progress(
+        show_progress, sum(map(len, splits.values())), "Tokenising records", MofNCompleteColumn()
+    ) as advance:
         for name, records in splits.items():
-            builder = _SplitBuilder(config, tokenizer, objective)
+            builder = SplitBuilder(config, tokenizer, objective)
             for start in range(0, len(records), CHUNK):
                 builder.add(records[start : start + CHUNK])
                 advance(min(CHUNK, len(records) - start))
+                os.utime(folder)  # a sign of life, which cache.py asks for
             reports[name] = builder.write(folder / name)
     num_leaked = 0
     if "validation" in splits:
@@ -145,138 +211,13 @@ def _build(
 
 
 @contextmanager
-def _progress(show: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that counts records done."""
+def _progress(show: bool, total: int, words: str, count: ProgressColumn) -> Iterator[Callable[[int], None]]:
+    """Yields a function that counts what is done."""
     console = Console(stderr=True)
     if not (show and console.is_terminal):  # in a log file rich leaves an empty line
         yield lambda count: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("Tokenising records", total=total)
+        task = progress.add_task(words, total=total)
         yield lambda count: progress.advance(task, count)
-
-
-class _SplitBuilder:
-    """Collects the examples of one split, and writes its store, questions and report."""
-
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.objective = objective
-        self.sequence_length = config.batch.sequence_length
-        self.examples: list[Example] = []
-        self.questions: list[bytes] = []
-        self.too_long: list[tuple[str, int]] = []
-        self.num_rows = self.num_expanded = self.num_dropped = self.num_truncated = self.num_straddling = 0
-
-    def add(self, records: list[Record]) -> None:
-        """Render, tokenise and truncate some records."""
-        targets = self.config.objective.targets
-        for record, examples in zip(records, self.objective.examples(records), strict=True):
-            self.num_rows += 1
-            self.num_expanded += len(examples) > 1
-            kept = [self._add(example) for example in examples]
-            if kept and kept[-1]:
-                self._add_question(record, target_turns(record, targets)[-1], examples[-1])
-
-    def _add(self, example: Example) -> bool:
-        """Keep one example unless it is too long. Returns whether it was kept."""
-        if len(example.input_ids) > self.sequence_length:
-            if self.config.data.truncate is Truncate.error:
-                self.too_long.append((example.place, len(example.input_ids)))
-                return False
-            if self.config.data.truncate is Truncate.drop:
-                self.num_dropped += 1
-                return False
-            example = self._truncated(example)
-            self.num_truncated += 1
-        targets = example.weights != 0
-        targets[list(example.part_starts)] = False  # nothing before a part's first token predicts it
-        if not targets.any():
-            raise DataError(f"{example.place}: no target token is left.", do="write a longer prompt or answer.")
-        self.num_straddling += example.is_straddled
-        self.examples.append(example)
-        return True
-
-    def _truncated(self, example: Example) -> Example:
-        """Without enough tokens from the left of the prompt to fit; a bos token stays, and so does one prompt token."""
-        ids = example.input_ids
-        if len(example.part_starts) > 1:
-            raise DataError(
-                f"{example.place}: {len(ids)} tokens of {len(example.part_starts)} answers that are compared don't fit "
-                f"into sequence_length={self.sequence_length}, and are not cut.",
-                at="batch.sequence_length",
-                do="raise batch.sequence_length, or set data.truncate=drop.",
-            )
-        first_target = int(np.flatnonzero(example.weights)[0])
-        num_bos = int(ids[0] == self.tokenizer.bos_token_id)
-        surplus = len(ids) - self.sequence_length
-        if surplus > first_target - max(num_bos, 1):
-            raise DataError(
-                f"{example.place}: the {len(ids) - first_target} tokens from its first answer on don't fit into "
-                f"sequence_length={self.sequence_length}, even without the prompt.",
-                at="batch.sequence_length",
-                do="raise batch.sequence_length, shorten the record, or set data.truncate=drop.",
-            )
-        keep = np.r_[0:num_bos, num_bos + surplus : len(ids)]
-        columns = {name: column[keep] for name, column in example.columns.items()}
-        return replace(example, input_ids=ids[keep], weights=example.weights[keep], columns=columns)
-
-    def _add_question(self, record: Record, index: int, example: Example) -> None:
-        surplus = max(0, len(example.input_ids) - self.sequence_length)
-        num_prompt_tokens = None
-        if surplus:
-            learned = example.weights != 0
-            last_start = int(np.flatnonzero(learned & ~np.r_[False, learned[:-1]])[-1])
-            num_prompt_tokens = last_start - surplus
-        if line := write_question(record, index, num_prompt_tokens):
-            self.questions.append(line)
-
-    def write(self, folder: Path) -> SplitReport:
-        """Pack and write what was added. Raises DataError when records were too long or none is left."""
-        if self.too_long:
-            raise self._too_long_error()
-        if not self.examples:
-            raise DataError(
-                f"all {self.num_dropped} records were dropped: longer than sequence_length={self.sequence_length}.",
-                at="batch.sequence_length",
-                do="raise batch.sequence_length.",
-            )
-        packing = self.config.batch.packing
-        write_store(folder, self.examples, sequence_length=self.sequence_length, packing=packing)
-        (folder / "questions.jsonl").write_bytes(b"".join(self.questions))
-        store = _open(folder, self.config)
-        return SplitReport(
-            num_rows=self.num_rows,
-            num_records=store.num_records,
-            num_expanded=self.num_expanded,
-            num_dropped=self.num_dropped,
-            num_truncated=self.num_truncated,
-            num_straddling=self.num_straddling,
-            num_tokens=store.num_tokens,
-            num_target_tokens=store.num_target_tokens,
-            num_sequences=store.num_sequences,
-            sequence_length=self.sequence_length,
-            longest=store.max_length,
-            fill=store.fill,
-        )
-
-    def _too_long_error(self) -> DataError:
-        longest = max(length for _, length in self.too_long)
-        do = f"set batch.sequence_length={longest}, or data.truncate=drop or left_of_prompt."
-        if len(self.too_long) == 1:
-            return DataError(
-                f"{self.too_long[0][0]}: {longest} tokens are more than sequence_length={self.sequence_length}.",
-                at="batch.sequence_length",
-                do=do,
-            )
-        shown = [f"{place}: {length} tokens" for place, length in self.too_long[:MAX_SHOWN]]
-        rest = f"\n  and {len(self.too_long) - MAX_SHOWN} more" if len(self.too_long) > MAX_SHOWN else ""
-        return DataError(
-            f"{len(self.too_long)} records are longer than sequence_length={self.sequence_length}:\n  "
-            + "\n  ".join(shown)
-            + rest,
-            at="batch.sequence_length",
-            do=do,
-        )

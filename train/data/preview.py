@@ -5,6 +5,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.train.data.store import TokenStore
+from tunesmith.train.printable import printable
 
 TARGET_STYLES = ("black on green", "black on bright_green")  # turn about, so that one sees where a token ends
 PROMPT_STYLES = ("", "dim")
@@ -15,8 +16,8 @@ class _Record:
     """One record; in colour on a terminal, with [[ ]] around the targets elsewhere."""
 
     def __init__(self, place: str, tokens: list[str], weights: list[float]) -> None:
-        self.place = place
-        self.tokens = tokens
+        self.place = printable(place)
+        self.tokens = [printable(token) for token in tokens]
         self.weights = weights
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

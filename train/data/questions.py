@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.train.data.records import Record
 from tunesmith.train.data.render import Renderer
-from tunesmith.train.data.template import Messages, Tools, visible_answer
+from tunesmith.train.data.template import Job, Messages, Tools, visible_answer
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ def write_question(record: Record, index: int, num_prompt_tokens: int | None) ->
 def read_questions(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
     """The questions of a file, with their prompts as token ids."""
     rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
-    prompts = Renderer(tokenizer).encode_prompts([(row["messages"], row["tools"]) for row in rows])
+    prompts = Renderer(tokenizer).encode_prompts(
+        [Job(row["messages"], row["tools"], True, row["place"]) for row in rows]
+    )
     return [
         Question(
             messages=row["messages"],

@@ -1,17 +1,25 @@
 """JSONL -> records. Every bad row is found before anything trains, and named `file:line: field: problem`."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 import orjson
 
-from tunesmith.train.data.sources import Source, find_sources
+from tunesmith.train.data.messages import (
+    BLANK,
+    MAX_DEPTH,
+    Message,
+    RowError,
+    is_too_deep,
+    kind_of,
+    parse_messages,
+    text_of,
+)
+from tunesmith.train.data.sources import Source
 from tunesmith.train.errors import DataError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # A form of rows -> its fields; the first form of which a row has a field is that of its file.
 REQUIRED = {"messages": ("messages",), "completion": ("prompt", "completion")}
 FIELDS = {"messages": ("messages", "tools"), "completion": ("prompt", "completion")}
@@ -20,23 +28,7 @@ FOREIGN_FIELDS = frozenset(
     {"system", "instruction", "input", "output", "response", "question", "answer", "context", "history", "text"}
     | {"conversations", "conversation", "chosen", "rejected", "functions", "function_call", "weight", "label"}
 )
-MAX_WEIGHT = 3.4e38  # float32
 MAX_SHOWN = 5  # bad rows written out in one error
-MAX_DEPTH = 64  # of a row; a template that writes JSON runs out of stack at some hundreds
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str | None  # None only on an assistant message that has tool_calls
-    weight: float = 1.0  # of an assistant turn's tokens in the loss; 0: context only
-    extra: dict[str, Any] = field(default_factory=dict)  # tool_calls, name, ...: for the chat template, as they came
-
-    def as_dict(self) -> dict[str, Any]:
-        """What the chat template sees: everything but the weight."""
-        return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True)
@@ -49,22 +41,15 @@ class Record:
     tools: list[dict[str, Any]] | None = None  # JSON schemas, for the chat template
 
 
-class RowError(Exception):
-    """One bad row: which field, what is wrong with it, and what to do."""
+def read_records(sources: list[Source]) -> list[Record]:
+    """All records of files and hub datasets, in order.
 
-    def __init__(self, field_name: str, problem: str, do: str) -> None:
-        super().__init__(f"{field_name}: {problem}" if field_name else problem)
-        self.do = do
-
-
-def read_records(names: list[str]) -> list[Record]:
-    """All records of files, folders, globs and hub datasets, in order.
-
-    Raises: DataError for a source that is missing or empty, and for bad rows: up to five are named, all are counted.
+    Raises: DataError for a source that can't be read, is no JSON Lines or empty, and for bad rows: up to five are
+        named, all are counted.
     """
     records: list[Record] = []
     errors: list[tuple[str, RowError]] = []
-    for source in find_sources(names):
+    for source in sources:
         num_before = len(records) + len(errors)
         form: str | None = None
         for place, row in _rows(source):
@@ -108,23 +93,7 @@ def _rows(source: Source) -> Iterator[tuple[str, Any]]:
             row = orjson.loads(line)
         except orjson.JSONDecodeError as error:
             row = _not_json(line, error)
-        if line.count(b"{") + line.count(b"[") > MAX_DEPTH and _is_deep(row):
-            row = RowError("", f"nested more than {MAX_DEPTH} deep", "write a flatter record.")
         yield f"{source.name}:{number}", row
-
-
-def _is_deep(row: Any) -> bool:
-    """Whether templates and errors, which are recursive, could run out of stack."""
-    level = [row]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-    return bool(level)
 
 
 def _not_json(line: bytes, error: orjson.JSONDecodeError) -> RowError:
@@ -136,10 +105,7 @@ def _not_json(line: bytes, error: orjson.JSONDecodeError) -> RowError:
         return RowError(
             "", f"not UTF-8 at byte {bad.start + 1} of the line (0x{line[bad.start]:02x})", "save the file as UTF-8."
         )
-    do = "write one JSON object a line."
-    if line.lstrip().startswith(b"["):
-        do = "write one JSON object a line: jq -c '.[]' data.json > data.jsonl."
-    return RowError("", f"not JSON: {error.msg} at column {error.colno}", do)
+    return RowError("", f"not JSON: {error.msg} at column {error.colno}", "write one JSON object a line.")
 
 
 def _form(row: Any) -> str:
@@ -170,16 +136,17 @@ def _parse(row: Any, form: str, place: str) -> Record:
         )
     _check_fields(row, form)
     if form == "completion":
-        prompt, completion = (_text(row, name, name) for name in FIELDS[form])
-        if not completion.strip():
-            raise RowError("completion", "empty, so there is nothing to learn", "write the answer, or delete the row.")
+        prompt, completion = (text_of(row, name, name) for name in FIELDS[form])
+        for name, text, use in (("prompt", prompt, "answer"), ("completion", completion, "learn")):
+            if BLANK.fullmatch(text):
+                raise RowError(name, f"empty, so there is nothing to {use}", f"write the {name}, or delete the row.")
         return Record(place, [Message("user", prompt), Message("assistant", completion)], form)
-    return Record(place, _messages(row["messages"]), form, _tools(row.get("tools")))
+    return Record(place, parse_messages(row["messages"]), form, _tools(row.get("tools")))
 
 
 def _check_object(row: Any) -> None:
     if not isinstance(row, dict):
-        raise RowError("", f"not a JSON object but {_kind(row)}", "write one JSON object a line.")
+        raise RowError("", f"not a JSON object but {kind_of(row)}", "write one JSON object a line.")
 
 
 def _check_fields(row: dict[str, Any], form: str) -> None:
@@ -200,96 +167,16 @@ def _check_fields(row: dict[str, Any], form: str) -> None:
         raise RowError(missing[0], "missing", f"every row of this file needs {' and '.join(required)}.")
 
 
-def _messages(messages: Any) -> list[Message]:
-    if not isinstance(messages, list):
-        raise RowError(
-            "messages", f"must be a list, not {_kind(messages)}", 'write "messages": [{"role": ..., "content": ...}].'
-        )
-    parsed = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    assistant = [message for message in parsed if message.role == "assistant"]
-    if not assistant:
-        raise RowError(
-            "messages", "no assistant message, so there is nothing to learn", "add the answer, or delete the row."
-        )
-    if not any(message.weight > 0 for message in assistant):
-        raise RowError(
-            "messages",
-            "every assistant message has weight 0, so there is nothing to learn",
-            "give one a weight above 0, or delete the row.",
-        )
-    return parsed
-
-
-def _message(message: Any, at: str) -> Message:
-    if not isinstance(message, dict):
-        raise RowError(at, f"must be an object, not {_kind(message)}", 'write {"role": ..., "content": ...}.')
-    if "role" not in message:
-        raise RowError(f"{at}.role", "missing", f"one of {', '.join(ROLES)}.")
-    role = message["role"]
-    if role not in ROLES:
-        raise RowError(f"{at}.role", f"unknown role {role!r}", f"one of {', '.join(ROLES)}.")
-    calls_tools = role == "assistant" and bool(message.get("tool_calls"))
-    content = message.get("content") if calls_tools else _text(message, "content", f"{at}.content")
-    if content is not None and not isinstance(content, str):
-        raise RowError(f"{at}.content", f"must be a string, not {_kind(content)}", "write the text of the message.")
-    if role in ("user", "assistant") and not calls_tools and not (content or "").strip():
-        raise RowError(f"{at}.content", "empty", "write the text of the message, or delete the row.")
-    extra = {
-        name: value
-        for name, value in message.items()
-        if name not in ("role", "content", "weight") and value is not None
-    }
-    if typo := get_close_matches("weight", extra, n=1, cutoff=0.8):
-        raise RowError(f"{at}.{typo[0]}", "unknown field; did you mean 'weight'?", "rename it to 'weight'.")
-    return Message(role, content, _weight(message, role, at), extra)
-
-
-def _weight(message: dict[str, Any], role: str, at: str) -> float:
-    weight = message.get("weight")
-    if weight is None:
-        return 1.0
-    if role != "assistant":
-        raise RowError(
-            f"{at}.weight", f"on a {role} message, which is never learned", "keep weights on assistant messages."
-        )
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise RowError(
-            f"{at}.weight", f"must be a number, not {_kind(weight)}", "write 0, 1 or any number of at least 0."
-        )
-    if not (math.isfinite(weight) and weight >= 0):
-        raise RowError(f"{at}.weight", f"must be at least 0, not {weight}", "write 0, 1 or any number of at least 0.")
-    if weight > MAX_WEIGHT:
-        raise RowError(f"{at}.weight", f"does not fit into float32: {weight}", "write a smaller weight.")
-    return float(weight)
-
-
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(
-            "tools", f"must be a list of JSON schemas, not {_kind(tools)}", "write them as in OpenAI's format."
+            "tools", f"must be a list of JSON schemas, not {kind_of(tools)}", "write them as in OpenAI's format."
         )
+    if is_too_deep(tools):
+        raise RowError("tools", f"nested more than {MAX_DEPTH} levels deep", "flatten it, or delete the row.")
     return tools or None
-
-
-def _text(row: dict[str, Any], name: str, at: str) -> str:
-    if name not in row:
-        raise RowError(at, "missing", f"every row needs {name!r}.")
-    text = row[name]
-    if not isinstance(text, str):
-        raise RowError(at, f"must be a string, not {_kind(text)}", "write the text as one string.")
-    if "\0" in text:
-        raise RowError(at, "contains a NUL character", "delete the character.")
-    return text
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool | int | float):
-        return f"{'true' if value is True else 'false' if value is False else value}"
-    return {dict: "an object", list: "a list", str: f"the text {str(value)[:30]!r}", type(None): "null"}.get(
-        type(value), type(value).__name__
-    )
 
 
 def _names(row: dict[str, Any]) -> str:

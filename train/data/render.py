@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.train.config.config import Targets
 from tunesmith.train.data.encode import Encoder, Tokens
-from tunesmith.train.data.records import Message, Record
+from tunesmith.train.data.messages import Message
+from tunesmith.train.data.records import Record
 from tunesmith.train.data.template import ChatTemplate, Job, Messages, Tools, opened_thought, shared_prefix
 from tunesmith.train.errors import DataError, ModelError
 
@@ -70,7 +71,7 @@ def render(tokenizer: PreTrainedTokenizerBase, record: Record, targets: Targets)
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None = None) -> list[int]:
     """Token ids of a conversation up to the answer that is to be generated: the ids that training had before it."""
-    return Renderer(tokenizer).encode_prompts([(messages, tools)])[0]
+    return Renderer(tokenizer).encode_prompts([Job(messages, tools, True, "the conversation")])[0]
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -119,9 +120,9 @@ class Renderer:
             rendered[index] = [self._rendered(sequence, next(tokens)) for sequence in found]
         return rendered
 
-    def encode_prompts(self, prompts: Sequence[tuple[Messages, Tools | None]]) -> list[list[int]]:
+    def encode_prompts(self, prompts: list[Job]) -> list[list[int]]:
         """`encode_prompt` of many, as one batch."""
-        texts = self.template.render([Job(messages, tools, True, "prompt") for messages, tools in prompts])
+        texts = self.template.render(prompts)
         boundaries = self.template.boundaries(prompts, texts)
         texts = [text[:boundary] for text, boundary in zip(texts, boundaries, strict=True)]
         return [self._bos_ids(text) + one.ids for text, one in zip(texts, self.encoder.encode(texts), strict=True)]
@@ -139,10 +140,14 @@ class Renderer:
                 jobs.append(Job(messages[:index], record.tools, True, record.place))
                 jobs.append(Job(messages[: index + 1], record.tools, False, record.place))
         texts = iter(self.template.render(jobs))
-        return [
+        turns = [
             [self._turn(record, index, next(texts), next(texts)) for index in found]
             for record, found in zip(records, indices, strict=True)
         ]
+        for record, found, made in zip(records, indices, turns, strict=True):
+            for index, turn in zip(found, made, strict=True):
+                _check_calls(record.messages[index], turn.text[turn.start :], record.place)
+        return turns
 
     def _check(self, record: Record, messages: Messages) -> None:
         if self.template.is_raw and record.form != "completion":
@@ -164,7 +169,7 @@ class Renderer:
             closed = prompt + _closed_thought(message, thought.group(1), answer)
             return _Turn(closed, len(prompt), message.weight, True)
         before = [message.as_dict() for message in record.messages[:index]]
-        (boundary,) = self.template.boundaries([(before, record.tools)], [prompt])
+        (boundary,) = self.template.boundaries([Job(before, record.tools, True, record.place)], [prompt])
         start = min(boundary, shared_prefix(prompt, text))
         if not self.warned:
             self.warned = True
@@ -210,6 +215,17 @@ class Renderer:
         if not self.template.adds_bos or text.startswith(self.tokenizer.bos_token):
             return []
         return [self.tokenizer.bos_token_id]
+
+
+def _check_calls(message: Message, learned: str, place: str) -> None:
+    """Raises DataError when a template leaves out the tool calls of a turn: an empty answer would be learned."""
+    for call in message.extra.get("tool_calls") or ():
+        name = call.get("function", call).get("name")
+        if isinstance(name, str) and name not in learned:
+            raise DataError(
+                f"{place}: the chat template leaves out the call of the tool {name!r}.",
+                do="set data.chat_template to a .jinja file that writes tool calls, or leave such rows out.",
+            )
 
 
 def _together(record: Record, turns: list[_Turn]) -> list[_Sequence]:

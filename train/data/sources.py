@@ -2,13 +2,16 @@
 
 import gzip
 import hashlib
+import io
+import shlex
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
+from tunesmith.train.data.file_kind import BYTE_ORDER_MARK, GZIP, HEAD_BYTES, foreign_kind
 from tunesmith.train.errors import DataError
 from tunesmith.train.paths import resolve_path
 
@@ -17,7 +20,6 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 MAX_LINE_BYTES = 32 * 2**20  # far beyond any context; a longer line is a file that is no JSONL, or a trap
 MAX_UNPACKING = 200  # times its size that a .gz file may unpack to: text packs 3 to 20 times, an attack 1000 times
 FREE_BYTES = 64 * 2**20  # unpacked, below which that is not asked
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,52 @@ class Source:
 
     name: str  # as errors name it: the path as the user wrote it, or hub:<dataset id>:<split>
     path: Path | None  # None: a hub dataset
+    expected: str | None = None  # the digest of what will be read
+
+    def pinned(self) -> "Source":
+        """The same, which from now on must hold what it holds now: reading anything else is an error."""
+        return replace(self, expected=self.digest())
 
     def lines(self) -> Iterator[bytes]:
-        """The lines of a file as bytes, without a byte order mark. Raises DataError when they can't be read."""
+        """The lines of a file as bytes, without a byte order mark.
+
+        Raises: DataError when they can't be read, when the file is no JSON Lines, and after the last line when what
+            was read is not what was expected.
+        """
         assert self.path is not None
         try:
-            with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
+            with _DigestedFile(self.path) as raw, io.BufferedReader(raw, HEAD_BYTES) as plain:
+                packed = self.path.suffix == ".gz"
+                self._check_kind(plain.peek(), packed=packed)
+                file = gzip.GzipFile(fileobj=plain) if packed else plain
+                if packed:
+                    self._check_kind(file.peek(HEAD_BYTES), packed=False)
                 number = num_bytes = 0
                 while line := file.readline(MAX_LINE_BYTES + 1):
                     number, num_bytes = number + 1, num_bytes + len(line)
                     self._check_size(number, len(line), num_bytes)
                     yield line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+                self._check_digest(raw.sha256.hexdigest())
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{self.name} can't be read: {error}", at=self.name) from error
+
+    def _check_kind(self, head: bytes, *, packed: bool) -> None:
+        """Raises DataError for a file that is no JSON Lines, once for the whole file."""
+        if packed and head.startswith(GZIP):
+            return
+        if kind := foreign_kind(head[:HEAD_BYTES]):
+            what, do = kind
+            new = str(Path(self.name).with_suffix(".new.jsonl"))  # never the file itself, which `>` would empty
+            do = do.replace("<file>", shlex.quote(self.name)).replace("<new>", shlex.quote(new))
+            raise DataError(f"{self.name} is {what}, not JSON Lines.", at=self.name, do=do)
+
+    def _check_digest(self, found: str) -> None:
+        if self.expected not in (None, found):
+            raise DataError(
+                f"{self.name} was written to while it was read.",
+                at=self.name,
+                do="start again when it is complete, or train on a copy.",
+            )
 
     def _check_size(self, number: int, line_bytes: int, num_bytes: int) -> None:
         """Raises DataError for a line, or a packed file, that no memory holds."""
@@ -57,9 +92,11 @@ class Source:
             )
 
     def rows(self) -> Any:
-        """The rows of a hub dataset: a `datasets.Dataset`."""
+        """The rows of a hub dataset: a `datasets.Dataset`. Raises DataError when they are not what was expected."""
         _, dataset_id, split = self.name.split(":")
-        return _load_dataset(dataset_id, split)
+        dataset = _load_dataset(dataset_id, split)
+        self._check_digest(f"{self.name} {dataset._fingerprint}")
+        return dataset
 
     def digest(self) -> str:
         """A hash of the content: the file's bytes, or the fingerprint that `datasets` keeps."""
@@ -70,6 +107,26 @@ class Source:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise DataError(f"{self.name} can't be read: {error}", at=self.name) from error
+
+
+class _DigestedFile(io.RawIOBase):
+    """A file that is digested as it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self.sha256 = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._file.readinto(buffer) or 0
+        self.sha256.update(memoryview(buffer)[:size])
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def find_sources(names: list[str]) -> list[Source]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,12 +10,17 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.train.data.tokenizer import RAW_TEMPLATE, adds_bos
+from tunesmith.train.data.tool_calls import to_object, to_text, with_arguments
 from tunesmith.train.errors import DataError, ModelError
 
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]]
 QUESTION = {"role": "user", "content": "a"}
 ANSWERS = ("b", "3")  # no character in common, so whatever two renderings share was written by the template
+ARGUMENTS = {"left": "right"}  # of a probe
+AS_JSON = re.compile(r'"left":\s*"right"')
+SCHEMA = {"type": "object", "properties": {"left": {"type": "string", "description": "d"}}, "required": ["left"]}
+PROBE_TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA}}]
 OPENED_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>(\s*)\Z")
 # Role markers that a template may write as plain text, which no list of special tokens knows.
 MARKER = re.compile(r"<[|｜][^\s<>{}'\"+]{1,40}[|｜]>|\[/?[A-Z_]{2,}\]|</?(?:start|end)_of_\w+>")
@@ -46,7 +51,7 @@ class ChatTemplate:
             if plain:
                 try:
                     rendered = self._apply([jobs[i].messages for i in plain], None, flag)
-                except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+                except Exception:  # a template is a program of another's: it raises what it likes
                     rendered = [self._render_one(jobs[i]) for i in plain]  # finds the one that is refused
                 for i, text in zip(plain, rendered, strict=True):
                     texts[i] = text
@@ -58,17 +63,54 @@ class ChatTemplate:
     def _render_one(self, job: Job) -> str:
         try:
             return self._apply([job.messages], job.tools, job.add_generation_prompt)[0]
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except Exception as error:
             roles = ", ".join(message["role"] for message in job.messages) or "no message before the first answer"
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             raise DataError(
-                f"{job.place}: the chat template refuses this conversation ({roles}): {error}",
+                f"{job.place}: the chat template refuses this conversation ({roles}): {kind}{error}",
                 do="change the row, or set data.chat_template to a .jinja file that takes it.",
             ) from error
 
     def _apply(self, conversations: list[Messages], tools: Tools | None, add_generation_prompt: bool) -> list[str]:
+        taken = [[with_arguments(message, self._arguments) for message in messages] for messages in conversations]
+        return self._written(taken, tools, add_generation_prompt)
+
+    def _written(self, conversations: list[Messages], tools: Tools | None, add_generation_prompt: bool) -> list[str]:
         return self.tokenizer.apply_chat_template(
             conversations, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+
+    def _arguments(self, given: Any) -> Any:
+        """The arguments of a tool call, in either form, in the one that the template takes."""
+        try:
+            arguments = to_object(given)
+        except ValueError:  # in a conversation with a user; in a record it is an error
+            return given
+        return to_text(arguments) if self.takes_text else arguments
+
+    @cached_property
+    def takes_text(self) -> bool:
+        """Whether the template needs the arguments of a tool call as JSON text, which it writes as it is.
+
+        Others write the JSON themselves, and would encode text again, or write no JSON at all.
+        """
+        for content in ("", None):
+            for tools in (None, PROBE_TOOLS):
+                as_object, as_text = (
+                    self._call_probe(form, content, tools) for form in (ARGUMENTS, to_text(ARGUMENTS))
+                )
+                if "right" in as_object and str(ARGUMENTS) not in as_object:  # nor written as Python would
+                    return False
+                if AS_JSON.search(as_text):
+                    return True
+        return False
+
+    def _call_probe(self, arguments: Any, content: str | None, tools: Tools | None) -> str:
+        call = {"id": "abcdefgh1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        try:
+            return self._written([[QUESTION, {**_answer(content), "tool_calls": [call]}]], tools, False)[0]
+        except Exception:  # it refuses this form, or this conversation
+            return ""
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -129,26 +171,22 @@ class ChatTemplate:
         names = dict.fromkeys([*tokens, self.tokenizer.eos_token])
         return [self.tokenizer.convert_tokens_to_ids(name) for name in names if name is not None]
 
-    def boundaries(self, conversations: Sequence[tuple[Messages, Tools | None]], prompts: list[str]) -> list[int]:
-        """How much of each generation prompt is the same before any answer.
+    def boundaries(self, prompts: Sequence[Job], texts: list[str]) -> list[int]:
+        """How much of the text of each generation prompt is the same before any answer.
 
         All of it, unless the template opens an answer in another way than it asks for one. A prompt that opens a
         thought stays whole: the answer closes it.
         """
         if self.is_raw:
-            return [len(prompt) for prompt in prompts]
+            return [len(text) for text in texts]
         jobs = [
-            Job([*messages, _answer(text)], tools, False, "prompt")
-            for messages, tools in conversations
-            for text in ANSWERS
+            replace(job, messages=[*job.messages, _answer(answer)], add_generation_prompt=False)
+            for job in prompts
+            for answer in ANSWERS
         ]
         answered = iter(self.render(jobs))
-        shared = [
-            min(shared_prefix(prompt, next(answered)), shared_prefix(prompt, next(answered))) for prompt in prompts
-        ]
-        return [
-            len(prompt) if opened_thought(prompt) else length for prompt, length in zip(prompts, shared, strict=True)
-        ]
+        shared = [min(shared_prefix(text, next(answered)), shared_prefix(text, next(answered))) for text in texts]
+        return [len(text) if opened_thought(text) else length for text, length in zip(texts, shared, strict=True)]
 
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:
@@ -178,7 +216,7 @@ class ChatTemplate:
                     )
 
 
-def _answer(text: str) -> dict[str, Any]:
+def _answer(text: str | None) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 

@@ -1,4 +1,7 @@
-"""JSONL files with a row per step that survive a kill: read, cut back, rewritten whole."""
+"""JSONL files with a row per step that survive a kill: read, cut back, rewritten whole.
+
+They hold what records and models say, and people look at them with `cat`.
+"""
 
 import contextlib
 import math
@@ -8,6 +11,7 @@ from typing import Any
 import orjson
 
 from tunesmith.train.files.durable import write_atomically
+from tunesmith.train.printable import printable
 
 
 def finite(value: float | None) -> float | None:
@@ -30,7 +34,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_atomically(path, b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    write_atomically(path, "".join(f"{printable(orjson.dumps(row).decode())}\n" for row in rows).encode())
 
 
 def keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from tunesmith.train.checkpoint import find as checkpoint_find
 from tunesmith.train.checkpoint import fingerprint
 from tunesmith.train.config.compose import Composed
 from tunesmith.train.config.config import Config
-from tunesmith.train.data.prepare import PreparedData, prepare
+from tunesmith.train.data.prepare import PreparedData, check_same_data, prepare
 from tunesmith.train.data.prepare import fingerprint as data_fingerprint
 from tunesmith.train.data.preview import preview
 from tunesmith.train.data.tokenizer import load_tokenizer
@@ -65,6 +65,7 @@ def run(composed: Composed) -> Path:
         )
         watchdog = Watchdog(world, timeouts, store, lambda line: _close(reporter, config, line))
         run_dir = Path(distributed.broadcast_text(str(run_dir), device))
+        check_same_data(data.fingerprint, device)
         nodes = node_checks.check_nodes(config, composed.resolved, world, device, store, run_dir)
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         # Imported here because DeepSpeed picks its accelerator while it is imported.

@@ -21,7 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.train.redact import redact_text
+from tunesmith.train.redact import on_screen
 from tunesmith.train.track.unfailing_stream import unfailing_stream
 
 PLAIN_STEPS = 10  # a plain line about every so many steps,
@@ -67,16 +67,16 @@ class Console:
     def print(self, renderable_or_text: RenderableType) -> None:
         """Above the live line. A string is printed as it is; it is not markup."""
         if isinstance(renderable_or_text, str):
-            renderable_or_text = redact_text(renderable_or_text)
+            renderable_or_text = on_screen(renderable_or_text)
         self._rich.print(renderable_or_text, markup=False)
 
     def warn(self, text: str) -> None:
-        self._rich.print(Text.assemble(("warning: ", "bold yellow"), redact_text(text)))
+        self._rich.print(Text.assemble(("warning: ", "bold yellow"), on_screen(text)))
 
     def error(self, text: str) -> None:
         """To stderr, after the live line is put away."""
         self._stop()
-        self._stderr.print(Text(redact_text(text), style="red"))
+        self._stderr.print(Text(on_screen(text), style="red"))
 
     def begin(self, total_steps: int, first_step: int) -> None:
         """Training starts, or goes on from first_step; the clock for the time left starts too."""
@@ -120,7 +120,7 @@ class Console:
 
     def phase(self, text: str) -> None:
         """What happens between steps: `saving checkpoint`, `generating answers 40/100`."""
-        now, text = time.monotonic(), redact_text(text)
+        now, text = time.monotonic(), on_screen(text)
         same_kind = re.sub(r"\d+", "", text) == re.sub(r"\d+", "", self._phase)
         self._phase = text
         if not text or (same_kind and now - self._drawn_at < (PLAIN_SECONDS if self.plain else 1 / REDRAWS_PER_SECOND)):
@@ -144,8 +144,8 @@ class Console:
         self._stop()
 
     def _table(self, rows: list[tuple[str, str]], title: str) -> None:
-        rows = [(name, redact_text(value)) for name, value in rows]
-        self._rich.print(Text(redact_text(title), style="bold"))
+        rows = [(name, on_screen(value)) for name, value in rows]
+        self._rich.print(Text(on_screen(title), style="bold"))
         if self.plain:  # a log file has no width at which rows should fold
             width = max((len(name) for name, _ in rows), default=0)
             for name, value in rows:

@@ -16,7 +16,7 @@ from typing import IO, Any
 from tunesmith.train.files.durable import write_json
 from tunesmith.train.files.fence import Superseded, fence
 from tunesmith.train.files.run_folder import SUMMARY
-from tunesmith.train.redact import redact_text
+from tunesmith.train.redact import on_screen, redact_text
 from tunesmith.train.watch.cause import Cause, process_state
 from tunesmith.train.watch.rank_status import RankStatus
 
@@ -48,7 +48,7 @@ class RunFiles:
 def say(text: str) -> None:
     """To stderr, without secrets, past Python's own buffer, whose lock a hanging thread may hold."""
     with contextlib.suppress(OSError):
-        os.write(2, redact_text(text).encode(errors="replace"))
+        os.write(2, on_screen(text).encode(errors="replace"))
 
 
 def traceback_of(error: BaseException) -> str:

@@ -1,6 +1,5 @@
+import gzip
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +8,10 @@ import pytest
 
 from tunesmith.train.config.config import Packing, Targets, Truncate
 from tunesmith.train.data import prepare as prepare_module
-from tunesmith.train.data.prepare import fingerprint, prepare, split_records
+from tunesmith.train.data.prepare import prepare, split_records
 from tunesmith.train.data.records import read_records
 from tunesmith.train.data.render import encode_prompt
+from tunesmith.train.data.sources import find_sources
 from tunesmith.train.errors import DataError
 from tunesmith.train.objective.objective import make_objective
 
@@ -25,7 +25,7 @@ def rows(count, text="the refund takes five days"):
 
 
 def key(config, tokenizer):
-    return fingerprint(config, tokenizer, make_objective(config, tokenizer))
+    return quiet(config, tokenizer).fingerprint
 
 
 def quiet(config, tokenizer):
@@ -107,6 +107,43 @@ def test_other_content_under_the_same_name_is_another_key(make_tokenizer, make_c
     assert "nine" in make_tokenizer().decode(after.train.record(0)[0])
 
 
+def compared(rank, fingerprints):
+    try:
+        prepare_module.check_same_data(fingerprints[rank.world.rank], rank.device)
+    except DataError as error:
+        return error.what
+    return ""
+
+
+def test_ranks_with_other_data_are_told_so_together(ranks):
+    assert ranks(2).run(compared, fingerprints=["one", "one"]) == ["", ""]
+    problem = "ranks have prepared other data: rank 1: two, rank 0 has another."
+    assert ranks(2).run(compared, fingerprints=["one", "two"]) == [problem] * 2
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
+def test_what_is_read_is_what_was_digested(name, make_tokenizer, make_config, write_jsonl, tmp_path, monkeypatch):
+    """The file is rewritten after its digest was taken: the old key must not get the new words."""
+
+    def write(words):
+        Path(write_jsonl(rows(3, words), "plain")).rename(tmp_path / "data.jsonl")
+        if name.endswith(".gz"):
+            (tmp_path / name).write_bytes(gzip.compress((tmp_path / "data.jsonl").read_bytes()))
+
+    def rewritten(*arguments):
+        write("the refund takes nine days")
+        return build(*arguments)
+
+    write("the refund takes five days")
+    config, tokenizer, build = make_config(str(tmp_path / name)), make_tokenizer(), prepare_module._build
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_build", rewritten)
+        with pytest.raises(DataError, match=f"{name} was written to while it was read"):
+            quiet(config, tokenizer)
+    write("the refund takes five days")
+    assert "five" in tokenizer.decode(quiet(config, tokenizer).train.record(0)[0])
+
+
 def test_the_seed_is_in_the_key_only_when_it_splits(make_tokenizer, make_config, write_jsonl):
     path, tokenizer = write_jsonl(rows(30)), make_tokenizer()
     keys = [key(make_config(path, seed=seed), tokenizer) for seed in (0, 1)]
@@ -138,7 +175,7 @@ def test_a_seeded_fraction_is_held_out(make_tokenizer, make_config, write_jsonl)
 
 
 def test_rows_added_at_the_end_move_no_earlier_row(write_jsonl):
-    few, many = read_records([write_jsonl(rows(50))]), read_records([write_jsonl(rows(80))])
+    few, many = (read_records(find_sources([write_jsonl(rows(count))])) for count in (50, 80))
     held_out = {record.place for record in split_records(few, 0.3, seed=0)[1]}
     assert held_out == {
         record.place for record in split_records(many, 0.3, seed=0)[1] if int(record.place.split(":")[-1]) <= 50
@@ -168,9 +205,7 @@ def test_a_record_that_is_too_long_stops_the_run(make_tokenizer, make_config, wr
         "  at: batch.sequence_length",
         f"  do: set batch.sequence_length={length}, or data.truncate=drop or left_of_prompt.",
     ]
-    assert [
-        entry.name for entry in (tmp_path / "cache").iterdir() if entry.suffix != ".lock"
-    ] == []  # nothing half-made
+    assert {entry.suffix for entry in (tmp_path / "cache").iterdir()} == {".lock", ".start"}  # nothing half-made
     assert quiet(make_config(path, sequence_length=length), make_tokenizer()).train.max_length == length
 
 
@@ -242,34 +277,6 @@ def test_a_cache_folder_that_cannot_be_written_is_named(make_tokenizer, make_con
         quiet(make_config(write_jsonl(rows(2)), cache_dir=blocked / "cache"), make_tokenizer())
     assert caught.value.at == "data.cache_dir"
     assert "can't be written" in caught.value.what
-
-
-RANK = """
-import os, sys, time
-from pathlib import Path
-from tunesmith.train.data import cache
-cache.HEAD_START_SECONDS = 100  # rank 0 may take long to start on a busy machine
-def build(folder):
-    with open(sys.argv[2], "a") as log:
-        log.write(os.environ["LOCAL_RANK"])
-    time.sleep(0.5)
-    (folder / "x").write_text("x")
-print((cache.open_or_build(Path(sys.argv[1]), "key", build) / "x").read_text())
-"""
-
-
-def test_one_process_builds_and_the_others_wait(tmp_path):
-    log = tmp_path / "log"
-    command = [sys.executable, "-c", RANK, str(tmp_path / "cache"), str(log)]
-    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True
-        )
-        for r in (1, 0)
-    ]
-    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["x\n"] * 2
-    assert log.read_text() == "0"  # local rank 0, although it was started last
 
 
 def test_the_progress_bar_is_for_people(make_tokenizer, make_config, write_jsonl, capsys):

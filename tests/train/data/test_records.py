@@ -1,13 +1,20 @@
 import gzip
+import json
+import shlex
 import sys
 
 import pytest
 
-from tunesmith.train.data.records import read_records
+from tunesmith.train.data import records as records_module
+from tunesmith.train.data.sources import find_sources
 from tunesmith.train.errors import DataError
 
 GOOD = {"prompt": "a", "completion": "b"}
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def read_records(names):
+    return records_module.read_records(find_sources(names))
 
 
 def answer(**more):
@@ -55,6 +62,9 @@ BAD_ROWS = [
     ({"prompt": "a", "completion": None}, "completion: must be a string, not null"),
     ({"prompt": "a"}, "completion: missing"),
     ({"prompt": "a", "completion": " \n"}, "completion: empty, so there is nothing to learn"),
+    ({"prompt": "a", "completion": "\u200b\u2060\ufeff"}, "completion: empty, so there is nothing to learn"),
+    ({"prompt": "", "completion": "b"}, "prompt: empty, so there is nothing to answer"),
+    ({"prompt": "\u00ad \n", "completion": "b"}, "prompt: empty, so there is nothing to answer"),
     ({"prompt": "a", "completoin": "b"}, "completoin: unknown field; did you mean 'completion'?"),
     ({**GOOD, "system": "be kind"}, "system: not a field of prompt/completion rows"),
     ({**GOOD, "weight": 1}, "weight: not a field of prompt/completion rows"),
@@ -74,6 +84,18 @@ def test_a_bad_row_is_named_with_file_line_and_field(row, problem, write_jsonl):
 def chat_of(*messages):
     return {"messages": list(messages)}
 
+
+def call_with(arguments):
+    return answer(tool_calls=[{"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}}])
+
+
+def nested(levels):
+    return json.loads('{"a":' * levels + "1" + "}" * levels)
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": {}}}]}
+RESULT = {"role": "tool", "content": "4711"}
 
 BAD_CHATS = [
     ({"messages": "a"}, "messages: must be a list, not the text 'a'"),
@@ -97,16 +119,58 @@ BAD_CHATS = [
     (answer(weight=1e39), "messages[1].weight: does not fit into float32: 1e+39"),
     (answer(wieght=1), "messages[1].wieght: unknown field; did you mean 'weight'?"),
     (GOOD, "prompt: this file's rows have messages, this one has prompt, completion"),
+    (answer(content="\u200d\u3164"), "messages[1].content: empty"),
+    (chat_of(SYSTEM, SYSTEM, *CHAT["messages"]), "messages[1].role: a second system message"),
+    (chat_of(*CHAT["messages"], SYSTEM), "messages[2].role: a system message that is not the first"),
+    (
+        chat_of({**SYSTEM, "role": "developer"}, SYSTEM, *CHAT["messages"]),
+        "messages[1].role: a system message that is not the first",
+    ),
+    (chat_of(RESULT, *CHAT["messages"]), "messages[0]: a tool's result without its call"),
+    (chat_of(*CHAT["messages"], RESULT), "messages[2]: a tool's result without its call"),
+    (
+        chat_of(CALL, {**RESULT, "tool_call_id": "z"}),
+        "messages[1]: a tool's result without its call (tool_call_id 'z')",
+    ),
+    (chat_of(CALL, RESULT, RESULT), "messages[2]: a tool's result without its call"),
+    (chat_of(CALL, *CHAT["messages"], RESULT), "messages[3]: a tool's result without its call"),
+    (answer(tool_calls="f()"), "messages[1].tool_calls: must be a list of objects"),
+    (
+        call_with('{"nope": '),
+        "messages[1].tool_calls[0]: arguments are no JSON object: unexpected end of data at column 10",
+    ),
+    (call_with("[1]"), "messages[1].tool_calls[0]: arguments are no JSON object: JSON, but no object"),
+    (call_with(nested(300)), "messages[1]: nested more than 64 levels deep"),
+    ({**CHAT, "tools": [nested(300)]}, "tools: nested more than 64 levels deep"),
     ({**CHAT, "tools": "search"}, "tools: must be a list of JSON schemas, not the text 'search'"),
 ]
 
 
 @pytest.mark.parametrize(("row", "problem"), BAD_CHATS)
 def test_a_bad_conversation_is_named_with_file_line_and_field(row, problem, write_jsonl):
-    path = write_jsonl([CHAT, row])
+    path = write_jsonl([CHAT, json.dumps(row).encode()])
     with pytest.raises(DataError) as caught:
         read_records([path])
     assert caught.value.what == f"{path}:2: {problem}"
+
+
+def test_conversations_with_instructions_and_tools_are_taken(write_jsonl):
+    """Two calls answered in another order, by ids; one answered without; instructions of both kinds."""
+    two = {**CALL, "tool_calls": [{"id": name, "function": {"name": "f", "arguments": ""}} for name in "xy"]}
+    results = [{**RESULT, "tool_call_id": name} for name in "yx"]
+    conversations = [
+        chat_of(SYSTEM, {**SYSTEM, "role": "developer"}, *CHAT["messages"]),
+        chat_of(CHAT["messages"][0], two, *results, CHAT["messages"][1]),
+        chat_of(CHAT["messages"][0], CALL, RESULT, CALL, RESULT, CHAT["messages"][1]),
+    ]
+    assert len(read_records([write_jsonl(conversations)])) == 3
+
+
+def test_the_arguments_of_a_call_are_an_object_in_either_form(write_jsonl):
+    forms = [{"n": 1, "é": [1.5, None]}, '{"n":1,  "\\u00e9": [1.5,null]}']
+    records = read_records([write_jsonl([call_with(form) for form in [*forms, ""]])])
+    found = [record.messages[1].extra["tool_calls"][0]["function"]["arguments"] for record in records]
+    assert found == [forms[0], forms[0], {}]
 
 
 def test_nan_is_not_a_weight(write_jsonl):
@@ -161,6 +225,73 @@ def test_an_empty_file_is_an_error(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"empty.jsonl has no rows"):
         read_records([str(path)])
+
+
+ROW = b'{"prompt": "a", "completion": "b"}\n'
+TEXT = ROW.decode() * 3
+FOREIGN = {
+    "UTF-16 text": TEXT.encode("utf-16"),
+    "UTF-16 text without a byte order mark": TEXT.encode("utf-16-be"),
+    "UTF-32 text": TEXT.encode("utf-32"),
+    "CSV": b'prompt,completion\n"Hello, you",fine\n',
+    "CSV with semicolons": b'"prompt";"completion"\r\na;b\r\n',
+    "tab-separated columns": b"prompt\tcompletion\na\tb\n",
+    "a page of HTML or XML": b"\n<!DOCTYPE html>\n<html><body>Log in</body></html>\n",
+    "the pointer that git LFS keeps in place of a file": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "compressed with gzip": gzip.compress(ROW),
+    "compressed with zstd": b"\x28\xb5\x2f\xfd\x04\x58",
+    "a zip archive, or an office document": b"PK\x03\x04\x14\x00",
+    "a Parquet file": b"PAR1\x15\x04",
+    "one JSON array": b'[{"prompt": "a", "completion": "b"},\n{"prompt": "a", "completion": "b"}]\n',
+    "JSON over several lines": b'{\n  "prompt": "a",\n  "completion": "b"\n}\n',
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("kind", "content"), FOREIGN.items(), ids=FOREIGN)
+def test_a_file_that_is_no_json_lines_is_named_once_for_what_it_is(kind, content, packed, tmp_path):
+    path = tmp_path / ("my data.jsonl.gz" if packed else "my data.jsonl")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(DataError) as caught:
+        read_records([str(path)])
+    assert caught.value.what == f"{path} is {kind}, not JSON Lines."
+    if ">" in caught.value.do:  # which would empty the file itself
+        assert shlex.split(caught.value.do)[-1] == str(path.with_suffix(".new.jsonl"))
+
+
+SPREAD_OUT = [
+    b'{"prompt": "a",\n "completion": "b"}\n',
+    b'{"data": [\n{"prompt": "a", "completion": "b"}\n]}\n',
+    b'\xef\xbb\xbf{\n"prompt": "' + b"a" * 70_000 + b'",\n"completion": "b"}\n',
+]
+
+
+@pytest.mark.parametrize("content", SPREAD_OUT)
+def test_json_over_several_lines_in_other_ways(content, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"is JSON over several lines, not JSON Lines\.") as caught:
+        read_records([str(path)])
+    assert caught.value.do == f"jq -c . {path} > {tmp_path}/data.new.jsonl"
+
+
+BAD_FIRST = [b'{"prompt": "a", "completion": \n', b"prose, with commas\n", b'{"prompt": "\xff"}\n']
+
+
+@pytest.mark.parametrize("first", BAD_FIRST)
+def test_a_bad_first_row_is_a_bad_row_only(first, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(first + ROW * 3)
+    with pytest.raises(DataError, match=r"data\.jsonl:1: not "):
+        read_records([str(path)])
+
+
+def test_a_pointer_under_the_name_of_a_packed_file_is_named(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(FOREIGN["the pointer that git LFS keeps in place of a file"])
+    with pytest.raises(DataError, match="git LFS") as caught:
+        read_records([str(path)])
+    assert caught.value.do == "git lfs pull"
 
 
 def test_a_damaged_gz_file_is_an_error(tmp_path):

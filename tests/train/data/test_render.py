@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from tunesmith.train.config.config import Targets
-from tunesmith.train.data.records import Message, Record
-from tunesmith.train.data.render import encode_prompt, render, stop_token_ids
+from tunesmith.train.data.messages import Message
+from tunesmith.train.data.records import Record
+from tunesmith.train.data.render import Renderer, encode_prompt, render, stop_token_ids
 from tunesmith.train.data.tokenizer import CHATML_TEMPLATE, RAW_TEMPLATE
 from tunesmith.train.errors import DataError, ModelError
 
@@ -317,6 +318,48 @@ def test_what_a_template_refuses_is_named(make_tokenizer):
     )
 
 
+# A template fails on one record only: by arithmetic, by calling itself for ever, by asking for all memory.
+FAILING = {
+    "{% if m['content'] == 'bad' %}{{ 1 // 0 }}{% endif %}": "ZeroDivisionError: ",
+    "{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{% if m['content'] == 'bad' %}{{ again(0) }}{% endif %}": (
+        "RecursionError: maximum recursion depth exceeded"
+    ),
+    "{% if m['content'] == 'bad' %}{{ 'x' * 2**62 }}{% endif %}": "MemoryError: ",
+    "{% if m['content'] == 'bad' %}{{ 2.0 ** 9999 }}{% endif %}": "OverflowError: ",
+}
+
+
+@pytest.mark.parametrize(("code", "problem"), FAILING.items(), ids=[problem[:8] for problem in FAILING.values()])
+def test_a_template_that_fails_on_one_record_names_its_place(code, problem, make_tokenizer):
+    failing = make_tokenizer().chat_template.replace("{% for m in messages %}", "{% for m in messages %}" + code)
+    tokenizer = make_tokenizer(failing)
+    good = record(("user", "hello"), ("assistant", "you"))
+    bad = Record("data.jsonl:7", [Message("user", "bad"), Message("assistant", "you")])
+    with pytest.raises(DataError) as caught:
+        Renderer(tokenizer).render([good, bad], Targets.all_turns)
+    start = "data.jsonl:7: the chat template refuses this conversation (user"
+    assert caught.value.what.startswith(start)
+    assert f": {problem}" in caught.value.what
+
+
+def test_a_record_whose_probe_fails_is_named_too(make_tokenizer):
+    """How much of a prompt is fixed is asked with answers of our own, in the record's conversation."""
+    tokenizer = make_tokenizer(
+        DIVERGING + "{% if messages[0]['content'] + messages[-1]['content'] == 'hello3' %}{{ 1 // 0 }}{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"^DataError: data.jsonl:1: the chat template refuses .*ZeroDivisionError"):
+        render(tokenizer, record(("user", "hello"), ("assistant", "you")), Targets.all_turns)
+
+
+def test_a_template_that_leaves_out_a_tool_call_is_refused(make_tokenizer):
+    """An empty answer would be learned in its place."""
+    tokenizer = make_tokenizer("{{ tools|tojson }}" + make_tokenizer().chat_template)
+    call = Message("assistant", "", 1.0, {"tool_calls": [{"function": {"name": "find", "arguments": {}}}]})
+    rec = Record("data.jsonl:1", [Message("user", "a"), call], tools=[{"name": "find"}])
+    with pytest.raises(DataError, match=r"data.jsonl:1: the chat template leaves out the call of the tool 'find'"):
+        render(tokenizer, rec, Targets.all_turns)
+
+
 def test_tools_and_tool_calls_reach_the_template(make_tokenizer):
     template = (
         "{% if tools %}{{ tools[0]['name'] }}{% endif %}{% for m in messages %}{{ m['role'] + ':' }}"
@@ -346,10 +389,11 @@ def test_ids_of_a_conversation_do_not_change(make_tokenizer):
 @pytest.mark.parametrize("template", [CHATML_TEMPLATE, RAW_TEMPLATE])
 def test_a_real_tokenizer_on_real_rows(template):
     from tunesmith.train.data.records import read_records
+    from tunesmith.train.data.sources import find_sources
 
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizer")
     tokenizer.chat_template = template
-    for rec in read_records([str(SHARED / "support/train.jsonl")])[:200]:
+    for rec in read_records(find_sources([str(SHARED / "support/train.jsonl")]))[:200]:
         (rendered,) = render(tokenizer, rec, Targets.all_turns)
         assert learned(tokenizer, rendered) == [rec.messages[1].content + "<|endoftext|>"]
         assert prefix(rendered) == encode_prompt(tokenizer, context(rec, 1))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tunesmith.train.config.config import Targets
-from tunesmith.train.data.records import Message, Record
+from tunesmith.train.data.messages import Message
+from tunesmith.train.data.records import Record
 from tunesmith.train.data.render import encode_prompt, render
 from tunesmith.train.data.template import ChatTemplate, visible_answer
 from tunesmith.train.errors import ModelError
