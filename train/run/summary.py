@@ -7,6 +7,7 @@ from typing import Any
 
 from tunesmith.train.config.config import AdapterKind, Packing
 from tunesmith.train.files import run_folder
+from tunesmith.train.model.adapter import adapted_lines
 from tunesmith.train.run.setup import Run, Session
 
 
@@ -17,6 +18,7 @@ def start_rows(run: Run, session: Session) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{config.model.name_or_path}, {millions(size.parameters)} parameters, {config.engine.precision}"),
         ("trained", f"{millions(size.trainable)} parameters ({share}), {_adapter_words(run)}"),
+        *[("", line) for line in adapted_lines(session.engine.module)],
         *[("data" if number == 0 else "", line) for number, line in enumerate(report.lines())],
         ("batch", batch_words(run)),
         ("steps", f"{run.feed.total_steps} = {run.feed.epoch_at(run.feed.total_steps):.2f} epochs"),
