@@ -107,9 +107,11 @@ def load_hf_config(settings: ModelConfig) -> Any:
         with quiet_transformers():
             if not settings.trust_remote_code:
                 check_kernels(name, settings.revision)
-            return AutoConfig.from_pretrained(
+            found = AutoConfig.from_pretrained(
                 name, revision=settings.revision, trust_remote_code=bool(settings.trust_remote_code)
             )
+            found.return_dict = True  # outputs are taken by name
+            return found
     except (OSError, ValueError) as error:
         raise not_loadable(settings.name_or_path, error) from None
 
