@@ -247,7 +247,7 @@ CASES = {
     ),
     "a target module that is not there": Case(
         ("adapter=lora", "adapter.target_modules=[nope_proj]"),
-        "'nope_proj'",
+        "no module nope_proj for LoRA",
         "adapter.target_modules (command",
         "all-linear",
     ),

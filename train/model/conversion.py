@@ -17,8 +17,6 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    apply_converters,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -87,10 +85,8 @@ class Publishing:
         self._transforms = _Transforms([it.reverse_transform() for it in reversed(_conversions_of(model))])
         plan: dict[str, Conversion] = {}
         for name in sorted(names, key=dot_natural_key):
-            target, pattern = apply_converters(name, self._transforms.converters)
-            if pattern is None:
-                target = apply_renamings(name, self._transforms.renamings)
-            self._transforms.add(plan, name, target, pattern)
+            target, pattern = rename_source_key(name, [], self._transforms.converters)
+            self._transforms.add(plan, name, target if pattern else self._renamed(name), pattern)
         self._of_name = {name: conversion for conversion in plan.values() for name in conversion.names}
         self._held: dict[str, torch.Tensor] = {}
 
@@ -103,7 +99,11 @@ class Publishing:
         made = conversion.run(self._model, self._held.pop)
         if conversion.transform is None:
             return made
-        return {apply_renamings(name, self._transforms.renamings): tensor for name, tensor in made.items()}
+        return {self._renamed(name): tensor for name, tensor in made.items()}
+
+    def _renamed(self, name: str) -> str:
+        renamed: str = rename_source_key(name, self._transforms.renamings, [])[0]
+        return renamed
 
 
 def _conversions_of(model: Any) -> list[Any]:
