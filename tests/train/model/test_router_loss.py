@@ -13,6 +13,7 @@ from tunesmith.train.errors import ModelError
 from tunesmith.train.model.load import load_base
 from tunesmith.train.model.router_loss import find_router_loss, load_balancing_loss
 from tunesmith.train.ranks.distributed import sum_over_ranks
+from tunesmith.train.run.summary import start_rows
 
 COEFFICIENT = 0.5  # large, so that its gradient outweighs rounding
 
@@ -46,6 +47,7 @@ def first_step(rank: Any, overrides: list[str], coefficient: float) -> dict[str,
         assert step is not None
         return {
             "found": [step.metrics.get("router_aux_loss"), step.grad_norm, step.loss],
+            "shown": dict(start_rows(loop.run, loop.session)).get("routers", ""),
             "by hand": [float(sum_over_ranks(aux)), float(squares.sum().sqrt())],
         }
 
@@ -65,6 +67,7 @@ def test_it_is_the_mean_over_tokens_and_learned_from(stage, own, ranks, short_ru
     overrides = short_run(stage, 1, *own, model=model, splits_all=True)
     for answer in ranks(2).run(first_step, overrides=overrides, coefficient=COEFFICIENT):
         assert answer["found"][:2] == pytest.approx(answer["by hand"], rel=1e-4)
+        assert f"auxiliary loss x {COEFFICIENT} is added" in answer["shown"]
 
 
 def test_the_split_of_equal_records_changes_nothing(ranks, short_run, make_experts, tmp_path):
@@ -91,6 +94,7 @@ def test_extra_outputs_change_nothing_and_0_leaves_it_out(ranks, short_run, make
     ):
         assert with_["found"] == without["found"]
         assert with_["found"][0] is None
+        assert with_["shown"] == ""
 
 
 def test_what_a_model_does_not_have_is_said(make_model, make_experts):
