@@ -13,6 +13,7 @@ from tunesmith.train.config.config import AdapterKind, Config, Kernels
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files.background_writer import RankFiles
 from tunesmith.train.model.output_head import TargetRows
+from tunesmith.train.model.router_loss import find_router_loss
 from tunesmith.train.model.scorer import Scorer
 from tunesmith.train.optimizer import apply_settings, make_optimizer, parameter_groups, set_learning_rate, state_of
 from tunesmith.train.ranks.distributed import World, barrier
@@ -73,7 +74,7 @@ class Engine:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._group_names = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         self._group_settings = [{key: group[key] for key in group if key != "params"} for group in groups]
-        target_rows = TargetRows(model)
+        target_rows, router_loss = TargetRows(model), find_router_loss(model, config.model, warn)
         if device.type == "cpu":
             model.to(device)
         if self._frozen_left_out:
@@ -90,7 +91,7 @@ class Engine:
         self._engine.checkpoint_engine = self._files
         self._engine._copy_recovery_script = lambda _: None  # a checkpoint holds no programs
         self._plain_fp32 = is_plain_fp32(config.engine)
-        self.scorer = Scorer(self.module, self._engine, target_rows, kernels, device, warn)
+        self.scorer = Scorer(self.module, self._engine, target_rows, kernels, device, router_loss, warn)
 
     @property
     def module(self) -> Any:

@@ -61,7 +61,9 @@ CASES = {
         (),
         "{data}:2: tools: nested more than 64 levels deep",
         remedy="flatten",
-        data=GOOD + f'{{"prompt": "a", "completion": "b", "tools": [{{"x": {"[" * 300}{"]" * 300}}}]}}\n',
+        data=GOOD
+        + '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
+        + f'"tools": [{{"x": {"[" * 300}{"]" * 300}}}]}}\n',
     ),
     "a row nested too deep for JSON": Case((), "{data}:2: not JSON", data=GOOD + "[" * 5000),
     "a config.json nested too deep": Case((MODEL, "model.name_or_path={root}/deep_config"), "deep_config"),
@@ -261,7 +263,7 @@ CASES = {
     ),
     "a target module that is not there": Case(
         ("adapter=lora", "adapter.target_modules=[nope_proj]"),
-        "'nope_proj'",
+        "no module nope_proj for LoRA",
         "adapter.target_modules (command",
         "all-linear",
     ),

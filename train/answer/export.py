@@ -25,8 +25,9 @@ from tunesmith.train.data.render import stop_token_ids
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files.durable import write_json
 from tunesmith.train.files.fence import fence
+from tunesmith.train.model.conversion import Publishing
 from tunesmith.train.model.load import open_model
-from tunesmith.train.model.weights import fill
+from tunesmith.train.model.weights import fill, load_weights
 from tunesmith.train.paths import resolve_path
 from tunesmith.train.ranks import distributed
 
@@ -45,10 +46,11 @@ def write(engine: "Engine", tokenizer: Any, config: Config, folder: Path) -> Non
     Raises TrainingError, on all ranks, when rank 0 cannot write them; nothing of them is left then.
     """
     names = saved_names(engine.module, config)
+    publishing = None if _is_adapter(config) else Publishing(engine.module, names)
     draft = Draft(folder, "adapter_model" if _is_adapter(config) else "model") if engine.world.rank == 0 else None
     for name, tensor in live_tensors(engine, names):  # to the end in any case: under ZeRO 3 all ranks give their part
         if draft:
-            draft.add(names[name], tensor)
+            draft.add(names[name], tensor, publishing)
     if draft:
         draft.finish(lambda: _write_rest(engine.module, tokenizer, config, folder))
     problem = distributed.first_problem(draft.problem if draft else "", engine.device)
@@ -75,12 +77,14 @@ class Draft:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self._careful(lambda: self._add(name, tensor.detach().to("cpu").contiguous()))
+    def add(self, name: str, tensor: torch.Tensor, publishing: Publishing | None = None) -> None:
+        """Of a whole model, publishing says what of it is published, and when."""
+        self._careful(lambda: self._add(name, tensor.detach().to("cpu"), publishing))
 
-    def _add(self, name: str, whole: torch.Tensor) -> None:
-        self._digests[name] = digest(whole)
-        self._writer.add(name, whole)
+    def _add(self, name: str, whole: torch.Tensor, publishing: Publishing | None) -> None:
+        for published, part in (publishing.take(name, whole) if publishing else {name: whole}).items():
+            self._digests[published] = digest(part)
+            self._writer.add(published, part.contiguous())
 
     def finish(self, write_rest: Callable[[], None]) -> None:
         self._careful(self._writer.close)
@@ -107,7 +111,9 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def saved_names(model: Any, config: Config) -> dict[str, str]:
-    """Name in the live model -> name in the files, of everything that is saved; tied weights stand once."""
+    """What is saved of the live model, tied weights once: each one's name there -> its name in an adapter's files, and
+    of a whole model the same again, which Publishing goes on from.
+    """
     if not _is_adapter(config):
         persistent = set(model.state_dict())
         buffers = [name for name, _ in model.named_buffers() if name in persistent]
@@ -190,8 +196,12 @@ class ShardWriter:
 
 def restore(engine: "Engine", config: Config, folder: Path) -> None:
     """Puts written weights back into the live model, for answering, not for training on. Every rank calls it."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not _is_adapter(config):
+        load_weights(engine.module, files, str(folder))
+        return
     names = saved_names(engine.module, config)
-    places = {name: path for path in sorted(folder.glob("*.safetensors")) for name in _tensor_names(path)}
+    places = {name: path for path in files for name in _tensor_names(path)}
     for name, parameter in engine.module.named_parameters():
         if name in names:
             fill(parameter, places[names[name]], names[name])

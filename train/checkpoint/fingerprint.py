@@ -34,6 +34,7 @@ def identity(config: Config, world: World, data: str) -> Identity:
         "data": data,
         "seed": config.seed,
         "engine.precision": config.engine.precision,
+        "model.router_aux_loss_coef": config.model.router_aux_loss_coef,
         **{f"batch.{name}": value for name, value in asdict(config.batch).items() if name != "micro_batch_size"},
     }
     if config.adapter.kind is AdapterKind.none:

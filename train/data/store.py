@@ -41,6 +41,7 @@ class Batch:
     labels: Tensor  # [B, S] int64: the next token of the same part, or IGNORE_INDEX
     columns: dict[str, Tensor]
     target_rows: Tensor  # [N] int64: flat indices b * S + s of the labels that count
+    lengths: Tensor  # [B] int64: tokens of each sequence, before its padding
     num_examples: int  # as all counts, known without waiting for the device: what a loss may be divided by
     num_target_tokens: int  # labels that count
     target_weight: float  # sum of weights
@@ -72,6 +73,7 @@ class Batch:
             labels=moved(self.labels),
             columns={name: moved(tensor) for name, tensor in self.columns.items()},
             target_rows=moved(self.target_rows),
+            lengths=moved(self.lengths),
         )
 
 
@@ -138,6 +140,7 @@ class TokenStore:
         if self._tells_examples:
             columns["example"] = self._example_numbers(sequence_ids, shape)
         target_rows = np.flatnonzero(weights)
+        lengths = np.array([self.lengths[i] if i >= 0 else 0 for i in sequence_ids], dtype=np.int64)
         return Batch(
             inputs={
                 "input_ids": torch.from_numpy(input_ids),
@@ -146,10 +149,11 @@ class TokenStore:
             labels=torch.from_numpy(labels),
             columns={name: torch.from_numpy(column) for name, column in columns.items()},
             target_rows=torch.from_numpy(target_rows),
+            lengths=torch.from_numpy(lengths),
             num_examples=sum(int(self.sequences[i + 1] - self.sequences[i]) for i in sequence_ids if i >= 0),
             num_target_tokens=len(target_rows),
             target_weight=float(weights.sum(dtype=np.float64)),
-            num_tokens=int(sum(self.lengths[sequence_id] for sequence_id in sequence_ids if sequence_id >= 0)),
+            num_tokens=int(lengths.sum()),
         )
 
     def places_of(self, sequence_ids: Sequence[int], places: list[str]) -> list[str]:

@@ -107,9 +107,11 @@ def load_hf_config(settings: ModelConfig) -> Any:
         with quiet_transformers():
             if not settings.trust_remote_code:
                 check_kernels(name, settings.revision)
-            return AutoConfig.from_pretrained(
+            found = AutoConfig.from_pretrained(
                 name, revision=settings.revision, trust_remote_code=bool(settings.trust_remote_code)
             )
+            found.return_dict = True  # outputs are taken by name
+            return found
     except (OSError, ValueError, RecursionError) as error:
         raise not_loadable(settings.name_or_path, error) from None
 
@@ -182,9 +184,14 @@ def _load_sharded(config: Config, world: World, hf_config: Any) -> PreTrainedMod
             do="use engine=zero2, or a checkpoint in bf16.",
         )
     files = weight_files(settings)
-    dtype = DTYPES[config.engine.precision]
-    with quiet_transformers(), sharded_init(config, world), no_init_weights():
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
+    options = {"dtype": DTYPES[config.engine.precision], **_options(settings)}
+    with quiet_transformers(), no_init_weights():
+        # zero.Init wraps the __init__ of every class, and at its end puts back what a class had when it was defined: of
+        # one first imported inside, what a decorator has made of its __init__ since is lost, as of gpt-oss's experts.
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(hf_config, **options)
+        with sharded_init(config, world):
+            model = AutoModelForCausalLM.from_config(hf_config, **options)
     model.tie_weights()
     load_weights(model, files, settings.name_or_path)
     return model

@@ -14,6 +14,7 @@ from torch import nn
 
 from tunesmith.kernels.lora.lora_linear import dora_linear, lora_linear, lora_linear_group
 from tunesmith.train.config.config import Kernels
+from tunesmith.train.model.lora_parameters import use_plain_sums
 from tunesmith.train.zero.sharding import read_by
 
 GROUPS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # children of one module that read the same tensor
@@ -27,8 +28,9 @@ def use_lora_kernels(model: nn.Module, kernels: Kernels, *, sharded: bool) -> li
     DeepSpeed hands every module its own copy of the tensor, so that nothing shows that q, k and v read the same.
     Call it before the engine is made.
     """
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
+    use_plain_sums(model, sharded=sharded)
     if kernels is Kernels.off:
         return []
     left: dict[str, list[str]] = defaultdict(list)
@@ -37,8 +39,9 @@ def use_lora_kernels(model: nn.Module, kernels: Kernels, *, sharded: bool) -> li
         if not isinstance(module, LoraLayer):
             continue
         why_not = why_left_to_peft(module)
-        if why_not:
+        if why_not and not isinstance(module, ParamWrapper):  # which is a sum already
             left[why_not].append(name)
+        if why_not:
             continue
         replaced[module] = _LoraForward(module, kernels)
         module.forward = replaced[module].forward
@@ -52,12 +55,15 @@ def use_lora_kernels(model: nn.Module, kernels: Kernels, *, sharded: bool) -> li
 
 def why_left_to_peft(layer: Any) -> str | None:
     """Why PEFT's own forward must compute a LoRA layer, in words; None where the kernels can."""
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.layer import Linear, ParamWrapper
     from peft.tuners.lora.variants import DoraLinearVariant
     from transformers.pytorch_utils import Conv1D
 
     base = layer.base_layer
-    if type(layer) is not Linear or type(base) not in (nn.Linear, Conv1D):
+    # LoRA on the weight of a linear layer is LoRA on the layer (targets.py says where it is asked for so).
+    if not (type(layer) is Linear and type(base) in (nn.Linear, Conv1D)) and not (
+        type(layer) is ParamWrapper and type(base) is nn.Linear and layer.parameter_name == "weight"
+    ):
         return f"the base layer is {type(base).__name__}, not Linear"
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1:

@@ -87,8 +87,8 @@ class LossInHead:
 
     Inside the forward of the head's own module its weight is whole under ZeRO 3, and the gradients of hidden states and
     weight are computed there and then: a frozen head is not gathered again in the backward. In place of logits the head
-    returns an empty tensor, so that what the model does to them costs nothing. The loss leaves the model as its output,
-    where DeepSpeed looks for what a backward starts from.
+    returns an empty tensor, so that what the model does to them costs nothing. The loss leaves the model as its logits,
+    in its output, where DeepSpeed looks for what a backward starts from.
     """
 
     def __init__(self, model: nn.Module, tail: Tail, backend: str) -> None:
@@ -100,7 +100,7 @@ class LossInHead:
         self._return_stats = False
         self._reduction = "sum"
         self._result = HeadResult()
-        model.register_forward_hook(self._loss_for_outputs, prepend=True)  # before DeepSpeed's look at the output
+        model.register_forward_hook(self._loss_for_logits, prepend=True)  # before DeepSpeed's look at the output
 
     @contextmanager
     def computing(
@@ -111,8 +111,8 @@ class LossInHead:
         return_stats: bool = False,
         reduction: str = "sum",
     ) -> Iterator[HeadResult]:
-        """Inside, one forward of the batch returns the weighted sum of the losses of its targets, over the divisor; or
-        with reduction="none" the loss of each token, [B * S], unweighted, 0 where it is no target.
+        """Inside, one forward of the batch has as logits the weighted sum of the losses of its targets, over the
+        divisor; or with reduction="none" the loss of each token, [B * S], unweighted, 0 where it is no target.
 
         The divisor goes into the weights: the gradients are rounded to 16 bits in the forward, and dividing them in the
         backward would round them once more (1.4 times the error, measured on the CPU).
@@ -150,11 +150,11 @@ class LossInHead:
         carrier = loss.sum() if is_learned else loss.detach().sum()
         return carrier.to(hidden_BSD.dtype, copy=True).reshape(1, 1, 1)[..., :0]
 
-    def _loss_for_outputs(self, module: nn.Module, args: Any, outputs: Any) -> torch.Tensor | None:
-        if self._batch is None:
-            return None
-        assert self._result.loss is not None
-        return self._result.loss + outputs[0].sum()  # a sum over nothing, which leads the backward through the head
+    def _loss_for_logits(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        if self._batch is not None:
+            assert self._result.loss is not None
+            # a sum over nothing, which leads the backward through the head
+            outputs.logits = self._result.loss + outputs.logits.sum()
 
 
 def loss_in_head(
@@ -229,18 +229,19 @@ def _known_logits(vocabulary: int) -> torch.Tensor:
 def _logits_with(
     model: nn.Module, head: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], device: torch.device
 ) -> torch.Tensor:
-    """What the model returns when its head does this instead."""
+    """The model's logits when its head does this instead."""
     was_training = model.training
     model.eval()
     positions = torch.arange(PROBE_TOKENS, device=device)[None]
     try:
         with replaced_forward(head, forward):
             outputs = model(
-                input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False, return_dict=False
+                input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False, return_dict=True
             )
     finally:
         model.train(was_training)
-    return outputs[0]
+    logits: torch.Tensor = outputs.logits
+    return logits
 
 
 def known_tails(model: nn.Module) -> list[Tail]:

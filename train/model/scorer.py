@@ -14,6 +14,7 @@ from tunesmith.train.config.config import Kernels
 from tunesmith.train.data.store import Batch
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.model.output_head import TargetRows, loss_in_head
+from tunesmith.train.model.router_loss import ASKED_BY, RouterLoss
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,21 @@ class TargetNll:
     num_correct: torch.Tensor | None  # [], targets that no other token is likelier than
 
 
+@dataclass(frozen=True)
+class ExtraLoss:
+    """What a model asks for beside the objective: loss is added to the objective's; totals are figures of the step."""
+
+    loss: torch.Tensor  # [], differentiable
+    totals: dict[str, torch.Tensor]
+
+
 class Scorer:
     """Of one model on all ranks. Every rank must ask it the same, in the same order.
 
     Args:
         model: with the engine's hooks on it; its output head is made to compute losses.
         forward: what the engine calls the model by.
+        router_loss: what is added for the routers of experts, in training.
         warn: gets a sentence where the loss cannot be computed inside the head.
     """
 
@@ -40,9 +50,13 @@ class Scorer:
         target_rows: TargetRows,
         kernels: Kernels,
         device: torch.device,
+        router_loss: RouterLoss | None,
         warn: Callable[[str], None],
     ) -> None:
         self.divisor: torch.Tensor | float = 1.0  # of the step's loss, over all ranks
+        self.router_loss = router_loss
+        self._num_tokens: torch.Tensor | float = 1.0  # of the step, over all ranks
+        self._router_losses: list[torch.Tensor] = []  # of forwards that extra_loss() was not asked about yet
         self._model = model
         self._engine_forward = forward
         self._target_rows = target_rows
@@ -53,11 +67,19 @@ class Scorer:
         """Whether losses are computed inside the output head, without whole logits."""
         return self._in_head is not None
 
-    def over(self, divisor: torch.Tensor) -> "Scorer":
-        """The same, for losses that are divided by this."""
+    def over(self, divisor: torch.Tensor, num_tokens: torch.Tensor) -> "Scorer":
+        """The same, for losses that are divided by this, in a step of so many tokens."""
         divided = copy(self)
-        divided.divisor = divisor
+        divided.divisor, divided._num_tokens, divided._router_losses = divisor, num_tokens, []
         return divided
+
+    def extra_loss(self) -> ExtraLoss | None:
+        """What the forwards with gradients since the last call add to the step's loss; None for most models."""
+        if self.router_loss is None:
+            return None
+        aux = torch.stack(self._router_losses).sum() / self._num_tokens
+        self._router_losses.clear()
+        return ExtraLoss(self.router_loss.coefficient * aux, {"router_aux_loss": aux.detach()})
 
     def nll(self, batch: Batch) -> TargetNll:
         """The loss of next tokens, computed inside the output head where it can be: the fastest there is.
@@ -68,7 +90,7 @@ class Scorer:
             return self._nll_without_gradients(batch)
         if self._in_head is not None:
             with self._in_head.computing(batch, divisor=self.divisor):
-                return TargetNll(self._forward(batch), None)
+                return TargetNll(self._forward(batch).logits, None)
         labels, weights = batch.targets()
         return TargetNll((token_nll(self.target_logits(batch), labels) * weights).sum() / self.divisor, None)
 
@@ -93,7 +115,7 @@ class Scorer:
         if self._in_head is None:
             return -token_nll(self.target_logits(batch), batch.targets()[0])
         with self._in_head.computing(batch, reduction="none"):
-            return -self._forward(batch)[batch.target_rows]
+            return -self._forward(batch).logits[batch.target_rows]
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -120,9 +142,17 @@ class Scorer:
         """Logits of the rows whose label counts: [N, V], in the order of batch.target_rows."""
         self._target_rows.rows = batch.target_rows
         try:
-            return self._forward(batch)[0][0]
+            logits: torch.Tensor = self._forward(batch).logits[0]
+            return logits
         finally:
             self._target_rows.rows = None
 
     def _forward(self, batch: Batch) -> Any:
-        return self._engine_forward(**batch.inputs, use_cache=False, return_dict=False)
+        """The model's outputs, by name: which there are, and in which order, is for its config.json to say."""
+        asked: dict[str, Any] = {"use_cache": False, "return_dict": True}
+        if self.router_loss is None:
+            return self._engine_forward(**batch.inputs, **asked)
+        outputs = self._engine_forward(**batch.inputs, **asked, **{ASKED_BY: torch.is_grad_enabled()})
+        if torch.is_grad_enabled():
+            self._router_losses.append(self.router_loss(outputs, batch))
+        return outputs

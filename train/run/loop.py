@@ -52,35 +52,39 @@ def optimizer_step(
             dtype=torch.float64,
         ).to(engine.device)
     )
-    model = engine.scorer.over(counts[0].float())
+    model = engine.scorer.over(counts[0].float(), counts[2].float())
     loss = torch.zeros((), device=engine.device, dtype=torch.float64)
     losses: list[torch.Tensor] = []
     totals: dict[str, torch.Tensor] = {}
+    extra_totals: dict[str, torch.Tensor] = {}
     for batch in batches:
         with busy.forward():
             reach(Phase.forward)
-            sums = objective.sums(model, batch)
+            sums, extra = objective.sums(model, batch), model.extra_loss()
+        whole = sums.loss + extra.loss if extra else sums.loss
         reach(Phase.backward)
-        engine.backward(sums.loss)
-        losses.append(sums.loss.detach())
-        loss += losses[-1]
+        engine.backward(whole)
+        losses.append(whole.detach())
+        loss += sums.loss.detach()
         add_to(totals, sums.totals, engine.device)
+        add_to(extra_totals, extra.totals if extra else {}, engine.device)
     reach(Phase.update)
     before_update()
     update = engine.step()
     row = torch.tensor(vote().row(engine.world), dtype=torch.float64).to(engine.device)
-    sums_here = torch.cat([torch.stack([loss, *totals.values()]), row])
+    sums_here = torch.cat([torch.stack([loss, *totals.values(), *extra_totals.values()]), row])
     _, target_tokens, tokens, mean, *said = torch.cat([counts, sum_over_ranks(sums_here)]).tolist()
     busy.finish()
+    of_objective, of_model = ({name: said.pop(0) for name in names} for names in (totals, extra_totals))
     return Step(
         loss=mean,
         grad_norm=update.grad_norm,
         applied=update.applied,
         tokens=int(tokens),
         target_tokens=int(target_tokens),
-        consensus=StepConsensus.of(said[len(totals) :]),
+        consensus=StepConsensus.of(said),
         not_finite=() if update.applied else losses_not_finite(losses),
-        metrics=objective.metrics(dict(zip(totals, said, strict=False))) if totals else {},
+        metrics=(objective.metrics(of_objective) if totals else {}) | of_model,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from tunesmith.train.checkpoint import fingerprint
 from tunesmith.train.config.config import AdapterKind, Packing
 from tunesmith.train.files import run_folder
+from tunesmith.train.model.adapter import adapted_lines
 from tunesmith.train.run.setup import Run, Session
 
 
@@ -20,6 +21,8 @@ def start_rows(run: Run, session: Session) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{config.model.name_or_path}, {millions(size.parameters)} parameters, {config.engine.precision}"),
         ("trained", f"{millions(size.trainable)} parameters ({share}), {_adapter_words(run)}"),
+        *[("", line) for line in adapted_lines(session.engine.module)],
+        *_router_rows(session),
         *[("data" if number == 0 else "", line) for number, line in enumerate(report.lines())],
         ("batch", batch_words(run)),
         ("steps", f"{run.feed.total_steps} = {run.feed.epoch_at(run.feed.total_steps):.2f} epochs"),
@@ -38,6 +41,15 @@ def _adapter_words(run: Run) -> str:
         kind = "DoRA" if adapter.use_dora else "rsLoRA" if adapter.use_rslora else "LoRA"
         return f"{kind} r={adapter.r} alpha={adapter.alpha:g}"
     return f"the last {adapter.num_layers} blocks" if adapter.kind is AdapterKind.last_layers else "full fine-tuning"
+
+
+def _router_rows(session: Session) -> list[tuple[str, str]]:
+    """Of a mixture of experts whose routers are asked to spread the tokens, or could be."""
+    router_loss = session.engine.scorer.router_loss
+    if router_loss is None:
+        return []
+    words = f"auxiliary loss x {router_loss.coefficient:g} is added to the loss, logged as train/router_aux_loss"
+    return [("routers", f"{words}; model.router_aux_loss_coef=0 leaves it out")]
 
 
 def batch_words(run: Run) -> str:

@@ -3,7 +3,7 @@
 DeepSpeed is imported where a parameter is split and nowhere else: talking to a finished model must not load it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -47,7 +47,7 @@ def known_to_peft(config: Config, world: World) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+def gathered(parameters: Sequence[torch.Tensor], *, write: bool = False) -> Iterator[None]:
     """Whole parameters inside, where ZeRO 3 has split them; with write, what rank 0 leaves in them is everyone's."""
     split = [parameter for parameter in parameters if is_split(parameter)]
     if not split:
@@ -70,7 +70,7 @@ def read_by(module: nn.Module, parameters: list[nn.Parameter]) -> None:
         deepspeed.zero.register_external_parameter(module, parameter)
 
 
-def is_split(parameter: nn.Parameter) -> bool:
+def is_split(parameter: torch.Tensor) -> bool:
     """True where ZeRO 3 holds the parameter in parts."""
     return hasattr(parameter, "ds_id")
 
@@ -88,7 +88,7 @@ def local_part(parameter: nn.Parameter) -> torch.Tensor | None:
     return part.detach() if part.status.name == "AVAILABLE" else None  # type: ignore[attr-defined]
 
 
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Shape of the whole parameter, also where this rank holds a part of it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from matrices import covered
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from tunesmith.train.model.output_head import Tail, UnknownHead, find_tail
 
@@ -84,8 +85,8 @@ class Model(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def forward(self, input_ids: torch.Tensor, **rest: Any) -> tuple[torch.Tensor]:
-        return (self.tail(self.head(self.embedding(input_ids))),)
+    def forward(self, input_ids: torch.Tensor, **rest: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.tail(self.head(self.embedding(input_ids))))
 
 
 @pytest.mark.parametrize(
@@ -153,15 +154,15 @@ def test_a_head_that_is_no_plain_linear_layer_is_refused() -> None:
 
 def test_a_head_that_sees_other_rows_than_the_tokens_is_refused() -> None:
     class LastOnly(Model):
-        def forward(self, input_ids: torch.Tensor, **rest: Any) -> tuple[torch.Tensor]:
-            return (self.head(self.embedding(input_ids[:, -1:])),)
+        def forward(self, input_ids: torch.Tensor, **rest: Any) -> CausalLMOutput:
+            return CausalLMOutput(logits=self.head(self.embedding(input_ids[:, -1:])))
 
     with pytest.raises(UnknownHead, match="not the hidden state of every token once"):
         find_tail(LastOnly(lambda z: z), torch.device("cpu"))
 
     class Elsewhere(Model):
-        def forward(self, input_ids: torch.Tensor, **rest: Any) -> tuple[torch.Tensor]:
-            return (self.embedding(input_ids) @ self.head.weight.t(),)
+        def forward(self, input_ids: torch.Tensor, **rest: Any) -> CausalLMOutput:
+            return CausalLMOutput(logits=self.embedding(input_ids) @ self.head.weight.t())
 
     with pytest.raises(UnknownHead, match="sees nothing"):
         find_tail(Elsewhere(lambda z: z), torch.device("cpu"))
@@ -203,8 +204,9 @@ def register_odd_llama(tail: str) -> None:
         config_class = OddConfig
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            logits, *rest = super().forward(*args, **kwargs)
-            return (tails[tail](logits, self.config), *rest)
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = tails[tail](outputs.logits, self.config)
+            return outputs
 
     AutoConfig.register("odd_llama", OddConfig, exist_ok=True)
     AutoModelForCausalLM.register(OddConfig, OddLlama, exist_ok=True)

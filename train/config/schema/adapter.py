@@ -25,7 +25,7 @@ class AdapterConfig:
     r: int | None = None  # rank of the LoRA matrices
     alpha: float | None = None  # LoRA scale: alpha / r, or alpha / sqrt(r) with use_rslora
     dropout: float = 0.0  # on the input of the LoRA matrices
-    target_modules: Any = ALL_LINEAR  # all-linear (every linear layer but the head), or a list of module names
+    target_modules: Any = ALL_LINEAR  # all-linear (every matrix but embeddings, head, routers), or names
     use_rslora: bool = False  # rank-stabilised scale, arXiv:2312.03732
     use_dora: bool = False  # weight-decomposed LoRA, arXiv:2402.09353
     num_layers: int | None = None  # blocks trained, counted from the top, for last_layers

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from tunesmith.train.config.schema.checks import check_bool, check_no_empty_text
+from tunesmith.train.config.schema.checks import check_bool, check_no_empty_text, check_not_negative
 from tunesmith.train.errors import ConfigError
 
 
@@ -26,9 +26,11 @@ class ModelConfig:
     trust_remote_code: Any = False  # lets code from the model's folder run; true or false, nothing else
     attention: Attention = Attention.auto  # auto: what transformers picks for the model
     gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, about 30 % more time
+    router_aux_loss_coef: float | None = None  # weight of the routers' auxiliary loss, 0: none, null: as in config.json
 
     def __post_init__(self) -> None:
         check_bool("model.trust_remote_code", self.trust_remote_code)
         if not self.name_or_path.strip():
             raise ConfigError("the model has no name.", key="model.name_or_path", do="give a hub id or a folder.")
         check_no_empty_text(self, "model.")
+        check_not_negative("model", router_aux_loss_coef=self.router_aux_loss_coef or 0)
