@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tunesmith.train.config.config import Attention, Config, ModelConfig, Precision
@@ -71,10 +71,7 @@ def load_base(config: Config) -> PreTrainedModel:
         if not settings.random_weights:
             return _load_whole(settings, hf_config, dtype)
         torch.manual_seed(config.seed)
-        try:
-            return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
-        except (ValueError, ImportError) as error:
-            raise not_loadable(settings.name_or_path, error) from None
+        return _empty(settings, hf_config, dtype)
 
 
 def open_model(folder: Path, config: Config) -> Any:
@@ -146,6 +143,26 @@ def _options(settings: ModelConfig) -> dict[str, Any]:
     return options
 
 
+def _empty(settings: ModelConfig, hf_config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its weights, but with its generation config, which from_config() does not read."""
+    try:
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
+        model.generation_config = _generation_config(settings)
+        return model
+    except (ValueError, ImportError) as error:
+        raise not_loadable(settings.name_or_path, error) from None
+
+
+def _generation_config(settings: ModelConfig) -> GenerationConfig:
+    """Of its own file, else of what an old config.json says, as transformers' from_pretrained() finds it."""
+    name, revision = resolve_path(settings.name_or_path), settings.revision or "main"
+    try:
+        return GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:
+        old = {"config_file_name": "config.json", "_from_model_config": True}
+        return GenerationConfig.from_pretrained(name, revision=revision, **old)
+
+
 def _load_whole(settings: ModelConfig, hf_config: Any, dtype: torch.dtype) -> PreTrainedModel:
     options = _options(settings)
     if _quantization(hf_config) == "mxfp4":  # gpt-oss: read into the training dtype
@@ -184,7 +201,7 @@ def _load_sharded(config: Config, world: World, hf_config: Any) -> PreTrainedMod
     files = weight_files(settings)
     dtype = DTYPES[config.engine.precision]
     with quiet_transformers(), sharded_init(config, world), no_init_weights():
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
+        model = _empty(settings, hf_config, dtype)
     model.tie_weights()
     load_weights(model, files, settings.name_or_path)
     return model

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.train.answer.model_folder import try_settings
 from tunesmith.train.checkpoint import conversion, fingerprint
 from tunesmith.train.checkpoint import find as checkpoint_find
 from tunesmith.train.checkpoint.checkpoints import Checkpoints
@@ -113,6 +114,7 @@ def open_session(run: Run) -> Session:
     reporter.phase(Phase.loading_model, words=f"loading {config.model.name_or_path}")
     model = load_model(config, world)
     size = model_size(model)
+    try_settings(model, run.tokenizer, config, world, device)
     _check_disk(config, size, run.run_dir, world, device)
     throughput = _throughput(model, size, run)
     engine = _make_engine(model, run)
