@@ -71,7 +71,7 @@ def load_base(config: Config) -> PreTrainedModel:
         if not settings.random_weights:
             return _load_whole(settings, hf_config, dtype)
         torch.manual_seed(config.seed)
-        return _empty(settings, hf_config, dtype)
+        return empty_model(settings, hf_config, dtype)
 
 
 def open_model(folder: Path, config: Config) -> Any:
@@ -143,7 +143,7 @@ def _options(settings: ModelConfig) -> dict[str, Any]:
     return options
 
 
-def _empty(settings: ModelConfig, hf_config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(settings: ModelConfig, hf_config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model without its weights, but with its generation config, which from_config() does not read."""
     try:
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
@@ -201,7 +201,7 @@ def _load_sharded(config: Config, world: World, hf_config: Any) -> PreTrainedMod
     files = weight_files(settings)
     dtype = DTYPES[config.engine.precision]
     with quiet_transformers(), sharded_init(config, world), no_init_weights():
-        model = _empty(settings, hf_config, dtype)
+        model = empty_model(settings, hf_config, dtype)
     model.tie_weights()
     load_weights(model, files, settings.name_or_path)
     return model

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from tunesmith.train.checkpoint import find as checkpoint_find
 from tunesmith.train.config.compose import Composed
 from tunesmith.train.config.config import Config
@@ -16,6 +18,7 @@ from tunesmith.train.files import run_folder
 from tunesmith.train.files.fence import fence
 from tunesmith.train.model.kernel_choice import choose_kernels
 from tunesmith.train.model.load import check_model
+from tunesmith.train.model.packing import choose_packing
 from tunesmith.train.objective.objective import Objective, make_objective
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
@@ -54,7 +57,7 @@ def run(composed: Composed) -> Path:
         reporter.warn("TUNESMITH_FAULTS is set: this run will be hurt on purpose")
     timeouts, watchdog = Timeouts.of(config.cluster), None
     try:
-        tokenizer, objective, data = _prepare(config, world, reporter)
+        tokenizer, objective, data = _prepare(composed, world, device, reporter)
         reach(Phase.meeting_ranks)
         store = distributed.start(
             world, device, timeouts.of_process_group / 60, start_minutes=config.cluster.start_timeout_minutes
@@ -95,9 +98,15 @@ def run(composed: Composed) -> Path:
     return run_dir
 
 
-def _prepare(config: Config, world: World, reporter: Reporter) -> tuple[Any, Objective, PreparedData]:
+def _prepare(
+    composed: Composed, world: World, device: torch.device, reporter: Reporter
+) -> tuple[Any, Objective, PreparedData]:
     """Tokenizer, objective and data: what is wrong with them is said before the ranks meet."""
-    check_model(config)
+    config = composed.config
+    hf_config = check_model(config)
+    # Written down as what it came to: the data is prepared for it, and a resumed run must have the same.
+    config.batch.packing = choose_packing(config, hf_config, device, reporter.note)
+    composed.resolved["batch"]["packing"] = config.batch.packing.value
     tokenizer = load_tokenizer(config.model, config.data)
     objective = make_objective(config, tokenizer)
     reach(Phase.preparing_data)
