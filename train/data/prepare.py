@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.train.config.config import Config, Truncate
+from tunesmith.train.config.config import Config, Packing, Truncate
 from tunesmith.train.data.cache import cache_folder, open_or_build
 from tunesmith.train.data.example import Example, MakesExamples
 from tunesmith.train.data.questions import Question, prompts_in, read_questions, write_question
@@ -57,6 +57,7 @@ def prepare(
 
     objective makes the examples of the records. Raises: DataError for anything wrong with the data, with file and line.
     """
+    assert config.batch.packing is not Packing.auto, "what it comes to is the model's to say"
     key = fingerprint(config, tokenizer, objective)
     show = show_progress and world_from_environment().local_rank == 0
     folder = open_or_build(

@@ -18,12 +18,14 @@ from transformers.initialization import no_init_weights
 from tunesmith.train.config.config import Attention, Config, ModelConfig, Precision
 from tunesmith.train.errors import ModelError
 from tunesmith.train.model.adapter import add_adapter
+from tunesmith.train.model.finite import check_finite
 from tunesmith.train.model.foreign_code import check_adapter, check_index, check_kernels
 from tunesmith.train.model.weights import load_weights, weight_files
 from tunesmith.train.paths import resolve_path
-from tunesmith.train.ranks.distributed import World
+from tunesmith.train.ranks.distributed import World, choose_device
 from tunesmith.train.zero.sharding import known_to_peft, sharded_init
 
+CPU = torch.device("cpu")
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
 
@@ -38,6 +40,7 @@ def load_model(config: Config, world: World) -> nn.Module:
         model = _load_sharded(config, world, hf_config)
     else:
         model = load_base(config)
+    check_finite(model, settings.name_or_path, world, choose_device(config.cluster.device, world))
     if settings.gradient_checkpointing:
         # transformers 5.23 has the new name and warns of the old one; earlier releases have only the old.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -79,6 +82,7 @@ def open_model(folder: Path, config: Config) -> Any:
     if (folder / "adapter_config.json").is_file():
         check_adapter(folder)
         base = load_base(config)
+        check_finite(base, config.model.name_or_path, World(), CPU)
         # PEFT imports DeepSpeed, which announces the accelerator it finds unless it is told.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         from peft import PeftModel
@@ -92,9 +96,11 @@ def open_model(folder: Path, config: Config) -> Any:
             check_kernels(str(folder))
         with quiet_transformers():
             options = {"trust_remote_code": trusted, "use_safetensors": True}
-            return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise not_loadable(str(folder), error) from None
+    check_finite(model, str(folder), World(), CPU)
+    return model
 
 
 def load_hf_config(settings: ModelConfig) -> Any:
