@@ -20,6 +20,7 @@ from tunesmith.train.errors import ModelError
 from tunesmith.train.model.adapter import add_adapter
 from tunesmith.train.model.finite import check_finite
 from tunesmith.train.model.foreign_code import check_adapter, check_index, check_kernels
+from tunesmith.train.model.vocabulary import add_rows
 from tunesmith.train.model.weights import load_weights, weight_files
 from tunesmith.train.paths import resolve_path
 from tunesmith.train.ranks.distributed import World, choose_device
@@ -29,9 +30,10 @@ CPU = torch.device("cpu")
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
 
-def load_model(config: Config, world: World) -> nn.Module:
+def load_model(config: Config, world: World, *, num_ids: int = 0) -> nn.Module:
     """The model to train, on the CPU (or split over the ranks under ZeRO 3), with its adapter. Every rank calls it.
 
+    num_ids: of the tokenizer, for each of which model.resize_embeddings makes a row.
     Raises ModelError when the name leads nowhere, the weights do not fit, or code would have to run.
     """
     settings = config.model
@@ -41,6 +43,8 @@ def load_model(config: Config, world: World) -> nn.Module:
     else:
         model = load_base(config)
     check_finite(model, settings.name_or_path, world, choose_device(config.cluster.device, world))
+    if settings.resize_embeddings:
+        add_rows(model, num_ids, config, world)
     if settings.gradient_checkpointing:
         # transformers 5.23 has the new name and warns of the old one; earlier releases have only the old.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

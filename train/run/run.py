@@ -19,6 +19,7 @@ from tunesmith.train.files.fence import fence
 from tunesmith.train.model.kernel_choice import choose_kernels
 from tunesmith.train.model.load import check_model
 from tunesmith.train.model.packing import choose_packing
+from tunesmith.train.model.vocabulary import check_rows
 from tunesmith.train.objective.objective import Objective, make_objective
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
@@ -108,6 +109,7 @@ def _prepare(
     config.batch.packing = choose_packing(config, hf_config, device, reporter.note)
     composed.resolved["batch"]["packing"] = config.batch.packing.value
     tokenizer = load_tokenizer(config.model, config.data)
+    check_rows(config, hf_config, tokenizer)
     objective = make_objective(config, tokenizer)
     reach(Phase.preparing_data)
     data = prepare(config, tokenizer, objective, show_progress=world.local_rank == 0)
