@@ -56,6 +56,7 @@ def base(make_model: Callable[..., Path], tmp_path: Path) -> Path:
         model.model.norm.weight.fill_(1)
         model.lm_head.weight.zero_()
         model.lm_head.weight[chain[1:]] = model.model.norm(model.model.embed_tokens.weight[chain[:-1]])
+    model.config.eos_token_id = BASE_STOPS[0]
     model.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
     return folder
@@ -66,12 +67,14 @@ def config_of(base: Path, *overrides: str) -> Any:
     return compose_config(["+exp=debug", "model=hub", *own])
 
 
-def answered(folder: Path) -> list[int]:
+def answered(folder: Path, **options: Any) -> list[int]:
     """What plain transformers generates from a folder after the question."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([encode_prompt(tokenizer, QUESTION)])
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20)[0, ids.shape[1] :].tolist()
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, **options)[
+        0, ids.shape[1] :
+    ].tolist()
 
 
 def finished_run(base: Path, folder: Path, adapter: str) -> Path:
@@ -108,8 +111,12 @@ def test_plain_generate_ends_where_training_ended(adapter: str, base: Path, tmp_
 
 
 def test_an_adapters_folder_names_its_stop_ids_too(base: Path, tmp_path: Path) -> None:
+    """transformers and PEFT take the base model's generation config unless they are given another."""
     folder = finished_run(base, tmp_path / "run", "lora") / "model"
-    assert GenerationConfig.from_pretrained(folder).eos_token_id == [*BASE_STOPS, END_OF_TURN]
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == [*BASE_STOPS, END_OF_TURN]
+    assert answered(folder, generation_config=generation)[-1] == END_OF_TURN
+    assert answered(folder)[-1] != END_OF_TURN
 
 
 def test_stop_ids_of_an_old_config_json_are_kept_without_a_file_of_their_own(base: Path) -> None:

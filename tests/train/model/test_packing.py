@@ -38,7 +38,8 @@ QWEN3_NEXT = {
 LEAKING: dict[str, dict[str, Any]] = {
     "gpt_oss": GPT_OSS,
     "mamba": {"state_size": 4},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "intermediate_size": 64},
+    # Only its third layer leaks: a twin has as many layers as show each kind.
+    "lfm2": {"layer_types": ["full_attention"] * 2 + ["conv", "full_attention"], "num_hidden_layers": 4},
     "falcon": {"ffn_hidden_size": 64, "num_kv_heads": 4},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "bloom": {},
