@@ -40,6 +40,7 @@ class Setting:
             "schedule.warmup_fraction=0",
             "schedule.epochs=null",
             f"schedule.max_steps={TOTAL_STEPS}",
+            "batch.packing=best_fit",
             f"batch.sequence_length={SEQUENCE_LENGTH}",
             f"batch.global_batch_size={SEQUENCES_PER_STEP}",
             f"batch.micro_batch_size={SEQUENCES_PER_STEP}",

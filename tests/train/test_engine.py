@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matrices import covered
 
-LEAKS = {"gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -73,27 +73,33 @@ def test_a_packed_record_has_the_logits_it_has_alone(
     assert found["difference"] < 1e-5
 
 
-def refusal(rank: Any, overrides: list[str]) -> str:
-    """On a rank: the error that setting the run up raises."""
+def refusal(rank: Any, overrides: list[str]) -> list[str]:
+    """On a rank: what is said of the live model of an unpacked run when it is asked whether it could pack."""
+    from tunesmith.train.config.config import Packing
     from tunesmith.train.errors import TunesmithError
+    from tunesmith.train.run.packing_check import check_packing
 
-    try:
-        with rank.ready(overrides):
-            return "none"
-    except TunesmithError as error:
-        return str(error)
+    with rank.ready([*overrides, "batch.packing=none"]) as (loop, _):
+        said = []
+        for packing in (Packing.best_fit, Packing.none):  # none: an example of several parts shares a sequence
+            loop.run.config.batch.packing = packing
+            try:
+                check_packing(loop.session.engine, loop.run.config, evaluates=False)
+            except TunesmithError as error:
+                said.append(str(error))
+        return said
 
 
 @pytest.mark.parametrize("setting", ["engine.precision=fp32", "engine.precision=bf16", "adapter=lora"])
-def test_a_model_whose_mask_leaves_position_ids_out_is_not_packed(
+def test_a_live_model_whose_mask_leaves_position_ids_out_is_noticed(
     ranks: Callable[[int], Any], make_model: Callable[..., Path], overrides_of: OverridesOf, setting: str
 ) -> None:
-    model = make_model("gpt_oss", **LEAKS["gpt_oss"])
-    overrides = overrides_of(0, setting, model=model)
-    (text,) = ranks(1).run(refusal, overrides=overrides)
-    assert text.startswith(f"ModelError: {model} with eager attention lets packed records see each other")
-    assert "do: set batch.packing=none" in text
-    assert ranks(1).run(refusal, overrides=[*overrides, "batch.packing=none"]) == ["none"]
+    """Behind the twin of its config, which has been asked before (tests/train/model/test_packing.py)."""
+    model = make_model("gpt_oss", **GPT_OSS)
+    ((packed, unpacked),) = ranks(1).run(refusal, overrides=overrides_of(0, setting, model=model))
+    assert packed.startswith(f"ModelError: {model} with eager attention lets packed records see each other")
+    assert "do: set batch.packing=none" in packed
+    assert "at: model.attention" in unpacked
 
 
 def moved_by_a_stranger(rank: Any, overrides: list[str]) -> list[float]:

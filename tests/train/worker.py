@@ -22,6 +22,8 @@ from tunesmith.train.config.config import Config
 from tunesmith.train.data.prepare import prepare
 from tunesmith.train.data.tokenizer import load_tokenizer
 from tunesmith.train.model.kernel_choice import choose_kernels
+from tunesmith.train.model.load import check_model
+from tunesmith.train.model.packing import choose_packing
 from tunesmith.train.objective.objective import make_objective
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
@@ -108,6 +110,7 @@ class Rank:
 
     def made(self, config: Config, folder: Path, reporter: Reporter) -> Run:
         """A run whose data is prepared."""
+        config.batch.packing = choose_packing(config, check_model(config), self.device, reporter.note)
         tokenizer = load_tokenizer(config.model, config.data)
         objective = make_objective(config, tokenizer)
         data = prepare(config, tokenizer, objective, show_progress=False)

@@ -6,7 +6,6 @@ they are put back into the live model, which answers the questions, and the file
 """
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -20,15 +19,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tunesmith.train.answer.model_folder import write_settings
 from tunesmith.train.config.config import AdapterKind, Config
-from tunesmith.train.data.render import stop_token_ids
 from tunesmith.train.errors import TrainingError
+from tunesmith.train.files.disk_errors import reason_of, remedy
 from tunesmith.train.files.durable import write_json
 from tunesmith.train.files.fence import fence
 from tunesmith.train.model.conversion import Publishing
 from tunesmith.train.model.load import open_model
 from tunesmith.train.model.weights import fill, load_weights
-from tunesmith.train.paths import resolve_path
 from tunesmith.train.ranks import distributed
 
 if TYPE_CHECKING:
@@ -52,13 +51,13 @@ def write(engine: "Engine", tokenizer: Any, config: Config, folder: Path) -> Non
         if draft:
             draft.add(names[name], tensor, publishing)
     if draft:
-        draft.finish(lambda: _write_rest(engine.module, tokenizer, config, folder))
+        draft.finish(lambda: write_settings(folder, engine.module, tokenizer, config))
     problem = distributed.first_problem(draft.problem if draft else "", engine.device)
     if problem:
         raise TrainingError(
             f"the model could not be written. {problem}.",
             at=str(folder),
-            do="free space there; the checkpoints of the run are not affected.",
+            do=f"{remedy(problem, 'report this')}; the checkpoints of the run are not affected.",
         )
 
 
@@ -97,7 +96,7 @@ class Draft:
         try:
             action()
         except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
-            self.problem = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+            self.problem = reason_of(error)
             remove_written(self._folder)
 
 
@@ -137,23 +136,6 @@ def live_tensors(engine: "Engine", names: dict[str, str]) -> Iterator[tuple[str,
 
 def _is_adapter(config: Config) -> bool:
     return config.adapter.kind is AdapterKind.lora
-
-
-def _write_rest(model: Any, tokenizer: Any, config: Config, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
-    if _is_adapter(config):
-        lora = model.peft_config["default"]
-        lora.base_model_name_or_path = resolve_path(config.model.name_or_path)
-        lora.inference_mode = True
-        lora.save_pretrained(str(folder))
-        lora.inference_mode = False
-        return
-    model.config.use_cache = True
-    model.config.save_pretrained(folder)
-    model.config.use_cache = False
-    generation = copy.deepcopy(model.generation_config)
-    generation.eos_token_id, generation.pad_token_id = stop_token_ids(tokenizer), tokenizer.pad_token_id
-    generation.save_pretrained(folder)
 
 
 class ShardWriter:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tunesmith.train.answer.export import LOGIT_TOLERANCE, probe_ids, relative_error
+from tunesmith.train.answer.model_folder import write_settings
 from tunesmith.train.config.compose import load_resolved
 from tunesmith.train.data.tokenizer import open_tokenizer
 from tunesmith.train.errors import ConfigError, TrainingError
@@ -34,12 +35,11 @@ def merge(run_dir: Path, out: Path) -> str:
     _untie_adapted(adapted)
     merged = adapted.float().merge_and_unload()
     merged.to(dtype)
-    merged.config.use_cache = True
     staged = out.with_name(f".{out.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)
     with quiet_transformers():
         merged.save_pretrained(staged)
-        open_tokenizer(folder, config.model).save_pretrained(staged)
+        write_settings(staged, merged, open_tokenizer(folder, config.model), config)
         reopened = open_model(staged, config)
     error = relative_error(reopened(input_ids=ids).logits[0].float(), expected)
     if not error <= LOGIT_TOLERANCE[str(config.engine.precision)]:

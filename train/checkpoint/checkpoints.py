@@ -12,6 +12,7 @@ they have, rank 0 writes the manifest and renames the folder: before that rename
 it, it is never written to again. latest.json beside the folders names the newest, for people: loading does not read it.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -31,6 +32,7 @@ from tunesmith.train.config.config import CheckpointConfig
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files import durable
 from tunesmith.train.files.background_writer import RankFiles
+from tunesmith.train.files.disk_errors import remedy
 from tunesmith.train.files.fence import Superseded, fence
 from tunesmith.train.files.manifest import Identity
 from tunesmith.train.files.step_folders import FOLDER, published, step_folder, step_of
@@ -243,7 +245,8 @@ class Checkpoints:
         free, needed = disk.f_bavail * disk.f_frsize, SPARE * self._last_bytes
         if free >= needed:
             return ""
-        return f"{free / 2**20:.0f} MiB are free, and a checkpoint needs {needed / 2**20:.0f} MiB"
+        too_few = f"{free / 2**20:.0f} MiB are free, and a checkpoint needs {needed / 2**20:.0f} MiB"
+        return f"{os.strerror(errno.ENOSPC)}: {too_few}"
 
     def _publish(self, save: Save) -> None:
         """Rank 0 alone, perhaps in a thread: nothing here may ask other ranks."""
@@ -287,7 +290,8 @@ class Checkpoints:
             raise TrainingError(
                 f"{limit} checkpoints in a row could not be written. {problem}",
                 at=str(step_folder(self.run_dir, step)),
-                do="free space there; the checkpoints before it are whole, and the same command goes on from them.",
+                do=f"{remedy(problem, 'mend that')}; the checkpoints before it are whole, and the same command goes on "
+                "from them.",
             )
         self._reporter.warn(
             f"step {step}: the checkpoint could not be written ({problem}); training goes on "

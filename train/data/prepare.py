@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.train.config.config import Config
+from tunesmith.train.config.config import Config, Packing
 from tunesmith.train.data.cache import cache_folder, open_or_build
 from tunesmith.train.data.example import MakesExamples
 from tunesmith.train.data.questions import Question, prompts_in, read_questions
@@ -69,6 +69,7 @@ def prepare(
 
     objective makes the examples of the records. Raises: DataError for anything wrong with the data, with file and line.
     """
+    assert config.batch.packing is not Packing.auto, "what it comes to is the model's to say"
     settings = _settings(config, tokenizer, objective)
     show = show_progress and world_from_environment().local_rank == 0
 

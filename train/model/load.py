@@ -12,24 +12,28 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tunesmith.train.config.config import Attention, Config, ModelConfig, Precision
 from tunesmith.train.errors import ModelError
 from tunesmith.train.model.adapter import add_adapter
+from tunesmith.train.model.finite import check_finite
 from tunesmith.train.model.foreign_code import check_adapter, check_index, check_kernels
+from tunesmith.train.model.vocabulary import add_rows
 from tunesmith.train.model.weights import load_weights, weight_files
 from tunesmith.train.paths import resolve_path
-from tunesmith.train.ranks.distributed import World
+from tunesmith.train.ranks.distributed import World, choose_device
 from tunesmith.train.zero.sharding import known_to_peft, sharded_init
 
+CPU = torch.device("cpu")
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
 
-def load_model(config: Config, world: World) -> nn.Module:
+def load_model(config: Config, world: World, *, num_ids: int = 0) -> nn.Module:
     """The model to train, on the CPU (or split over the ranks under ZeRO 3), with its adapter. Every rank calls it.
 
+    num_ids: of the tokenizer, for each of which model.resize_embeddings makes a row.
     Raises ModelError when the name leads nowhere, the weights do not fit, or code would have to run.
     """
     settings = config.model
@@ -38,6 +42,9 @@ def load_model(config: Config, world: World) -> nn.Module:
         model = _load_sharded(config, world, hf_config)
     else:
         model = load_base(config)
+    check_finite(model, settings.name_or_path, world, choose_device(config.cluster.device, world))
+    if settings.resize_embeddings:
+        add_rows(model, num_ids, config, world)
     if settings.gradient_checkpointing:
         # transformers 5.23 has the new name and warns of the old one; earlier releases have only the old.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -71,10 +78,7 @@ def load_base(config: Config) -> PreTrainedModel:
         if not settings.random_weights:
             return _load_whole(settings, hf_config, dtype)
         torch.manual_seed(config.seed)
-        try:
-            return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
-        except (ValueError, ImportError) as error:
-            raise not_loadable(settings.name_or_path, error) from None
+        return empty_model(settings, hf_config, dtype)
 
 
 def open_model(folder: Path, config: Config) -> Any:
@@ -82,6 +86,7 @@ def open_model(folder: Path, config: Config) -> Any:
     if (folder / "adapter_config.json").is_file():
         check_adapter(folder)
         base = load_base(config)
+        check_finite(base, config.model.name_or_path, World(), CPU)
         # PEFT imports DeepSpeed, which announces the accelerator it finds unless it is told.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         from peft import PeftModel
@@ -95,9 +100,11 @@ def open_model(folder: Path, config: Config) -> Any:
             check_kernels(str(folder))
         with quiet_transformers():
             options = {"trust_remote_code": trusted, "use_safetensors": True}
-            return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise not_loadable(str(folder), error) from None
+    check_finite(model, str(folder), World(), CPU)
+    return model
 
 
 def load_hf_config(settings: ModelConfig) -> Any:
@@ -148,6 +155,26 @@ def _options(settings: ModelConfig) -> dict[str, Any]:
     return options
 
 
+def empty_model(settings: ModelConfig, hf_config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its weights, but with its generation config, which from_config() does not read."""
+    try:
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_options(settings))
+        model.generation_config = _generation_config(settings)
+        return model
+    except (ValueError, ImportError) as error:
+        raise not_loadable(settings.name_or_path, error) from None
+
+
+def _generation_config(settings: ModelConfig) -> GenerationConfig:
+    """Of its own file, else of what an old config.json says, as transformers' from_pretrained() finds it."""
+    name, revision = resolve_path(settings.name_or_path), settings.revision or "main"
+    try:
+        return GenerationConfig.from_pretrained(name, revision=revision)
+    except OSError:
+        old = {"config_file_name": "config.json", "_from_model_config": True}
+        return GenerationConfig.from_pretrained(name, revision=revision, **old)
+
+
 def _load_whole(settings: ModelConfig, hf_config: Any, dtype: torch.dtype) -> PreTrainedModel:
     options = _options(settings)
     if _quantization(hf_config) == "mxfp4":  # gpt-oss: read into the training dtype
@@ -184,14 +211,14 @@ def _load_sharded(config: Config, world: World, hf_config: Any) -> PreTrainedMod
             do="use engine=zero2, or a checkpoint in bf16.",
         )
     files = weight_files(settings)
-    options = {"dtype": DTYPES[config.engine.precision], **_options(settings)}
+    dtype = DTYPES[config.engine.precision]
     with quiet_transformers(), no_init_weights():
         # zero.Init wraps the __init__ of every class, and at its end puts back what a class had when it was defined: of
         # one first imported inside, what a decorator has made of its __init__ since is lost, as of gpt-oss's experts.
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(hf_config, **options)
+            empty_model(settings, hf_config, dtype)
         with sharded_init(config, world):
-            model = AutoModelForCausalLM.from_config(hf_config, **options)
+            model = empty_model(settings, hf_config, dtype)
     model.tie_weights()
     load_weights(model, files, settings.name_or_path)
     return model

@@ -12,6 +12,7 @@ from tunesmith.train.data.template import visible_answer
 from tunesmith.train.engine import Engine
 from tunesmith.train.errors import TrainingError
 from tunesmith.train.files import run_folder
+from tunesmith.train.files.disk_errors import remedy
 from tunesmith.train.files.fence import fence
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.phases import Phase
@@ -92,7 +93,7 @@ def _prove(run: Run, engine: Engine, folder: Path) -> str:
             problem = TrainingError(
                 f"the model could not be read back and put in its place: {error}.",
                 at=str(run.run_dir / run_folder.MODEL),
-                do="free space there; the same command goes on from the newest checkpoint.",
+                do=f"{remedy(str(error), 'mend that')}; the same command goes on from the newest checkpoint.",
             )
             problem.__cause__ = error
         except Exception as error:

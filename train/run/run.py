@@ -2,8 +2,11 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from tunesmith.train.checkpoint import find as checkpoint_find
 from tunesmith.train.checkpoint import fingerprint
@@ -19,6 +22,8 @@ from tunesmith.train.files.fence import fence
 from tunesmith.train.files.manifest import Identity
 from tunesmith.train.model.kernel_choice import choose_kernels
 from tunesmith.train.model.load import check_model
+from tunesmith.train.model.packing import choose_packing
+from tunesmith.train.model.vocabulary import check_rows
 from tunesmith.train.objective.objective import Objective, make_objective
 from tunesmith.train.paths import user_path
 from tunesmith.train.ranks import distributed
@@ -50,7 +55,7 @@ def run(composed: Composed) -> Path:
     run_folder.check_usable(run_dir, config.resume.source)
     summary = run_folder.finished_summary(run_dir) if config.resume.source == "auto" else None
     if summary is not None:
-        _say_finished(config, world, run_dir, summary)
+        _say_finished(composed, world, device, run_dir, summary)
         return run_dir
     checkpoint_find.check_source(config.resume, run_dir)
     reporter = Reporter(Console() if world.rank == 0 else None)
@@ -58,7 +63,7 @@ def run(composed: Composed) -> Path:
         reporter.warn("TUNESMITH_FAULTS is set: this run will be hurt on purpose")
     timeouts, watchdog = Timeouts.of(config.cluster), None
     try:
-        tokenizer, objective, data = _prepare(config, world, reporter)
+        tokenizer, objective, data = _prepare(composed, world, device, reporter)
         reach(Phase.meeting_ranks)
         store = distributed.start(
             world, device, timeouts.of_process_group / 60, start_minutes=config.cluster.start_timeout_minutes
@@ -100,10 +105,13 @@ def run(composed: Composed) -> Path:
     return run_dir
 
 
-def _say_finished(config: Config, world: World, run_dir: Path, summary: dict[str, Any]) -> None:
+def _say_finished(
+    composed: Composed, world: World, device: torch.device, run_dir: Path, summary: dict[str, Any]
+) -> None:
     """Says so. Raises TrainingError where the finished run is one of other settings, data or base model."""
-    saved, notes = summary.get("identity"), []
+    config, saved, notes = composed.config, summary.get("identity"), []
     if saved:  # runs of before 2026-12 do not say what they were
+        _settle_packing(composed, device, lambda text: None)
         tokenizer = load_tokenizer(config.model, config.data)
         data = data_fingerprint(config, tokenizer, make_objective(config, tokenizer))
         current = fingerprint.of_finished(config, world, data)
@@ -114,16 +122,31 @@ def _say_finished(config: Config, world: World, run_dir: Path, summary: dict[str
             Console().print(line)
 
 
-def _prepare(config: Config, world: World, reporter: Reporter) -> tuple[Any, Objective, PreparedData]:
+def _prepare(
+    composed: Composed, world: World, device: torch.device, reporter: Reporter
+) -> tuple[Any, Objective, PreparedData]:
     """Tokenizer, objective and data: what is wrong with them is said before the ranks meet."""
-    check_model(config)
+    config = composed.config
+    hf_config = _settle_packing(composed, device, reporter.note)
     tokenizer = load_tokenizer(config.model, config.data)
+    check_rows(config, hf_config, tokenizer)
     objective = make_objective(config, tokenizer)
     reach(Phase.preparing_data)
     data = prepare(config, tokenizer, objective, show_progress=world.local_rank == 0)
     if config.data.preview:
         reporter.note(preview(tokenizer, data.train, config.data.preview))
     return tokenizer, objective, data
+
+
+def _settle_packing(composed: Composed, device: torch.device, note: Callable[[str], None]) -> Any:
+    """Writes batch.packing=auto down as what it comes to: the data is prepared for it, and a resumed run must have the
+    same. Returns transformers' config of the model.
+    """
+    config = composed.config
+    hf_config = check_model(config)
+    config.batch.packing = choose_packing(config, hf_config, device, note)
+    composed.resolved["batch"]["packing"] = config.batch.packing.value
+    return hf_config
 
 
 def _fail(composed: Composed, watchdog: Watchdog, error: Exception) -> NoReturn:

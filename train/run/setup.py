@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.train.answer.model_folder import try_settings
 from tunesmith.train.checkpoint import conversion, fingerprint
 from tunesmith.train.checkpoint import find as checkpoint_find
 from tunesmith.train.checkpoint.checkpoints import Checkpoints
@@ -25,6 +26,7 @@ from tunesmith.train.model.load import load_model
 from tunesmith.train.model.lora_layers import use_lora_kernels
 from tunesmith.train.model.size import ModelSize, model_size
 from tunesmith.train.model.timed_picks import use_timed_picks
+from tunesmith.train.model.vocabulary import num_ids
 from tunesmith.train.objective.objective import Objective
 from tunesmith.train.optimizer import STATE_BYTES
 from tunesmith.train.ranks.distributed import World, barrier, use_timeout
@@ -111,8 +113,9 @@ def open_session(run: Run) -> Session:
     found = checkpoint_find.choose(config.resume, run.run_dir, world, device, reporter.warn)
     converted = _check_and_convert(found, identity, run) if found else None
     reporter.phase(Phase.loading_model, words=f"loading {config.model.name_or_path}")
-    model = load_model(config, world)
+    model = load_model(config, world, num_ids=num_ids(run.tokenizer))
     size = model_size(model)
+    try_settings(model, run.tokenizer, config, world, device)
     _check_disk(config, size, run.run_dir, world, device)
     throughput = _throughput(model, size, run)
     engine = _make_engine(model, run)

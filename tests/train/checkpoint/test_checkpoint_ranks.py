@@ -119,6 +119,7 @@ def test_one_ranks_full_disk_drops_the_save_on_all_and_training_goes_on(
         with_a_small_disk, overrides=overrides, run_dir=str(tmp_path / "ever"), small_from=2, small_to=99
     )
     assert all("3 checkpoints in a row could not be written" in found["error"] for found in ever)
+    assert all("do: raise the limit of a file's size (ulimit -f)" in found["error"] for found in ever)
     assert sorted(path.name for path in (tmp_path / "ever/checkpoints").iterdir()) == ["latest.json", "step-000002"]
 
 
@@ -190,6 +191,7 @@ def test_best_weights_that_cannot_be_written_are_passed_over_by_all_ranks(
     ever = run("ever", [2, 4, 6, 8])
     assert [found["best"] for found in ever] == [[None] * 4] * 2
     assert all("TrainingError: the model could not be written. rank 0: " in found["error"] for found in ever)
+    assert all("do: raise the limit of a file's size (ulimit -f)" in found["error"] for found in ever)
     assert list((tmp_path / "ever/best").iterdir()) == []
 
 

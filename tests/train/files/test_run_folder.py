@@ -33,7 +33,7 @@ def test_a_second_run_is_refused_while_the_first_one_writes(tmp_path):
 @pytest.fixture
 def composed(tmp_path):
     cache = f"data.cache_dir={tmp_path / 'cache'}"
-    return compose_config(["+exp=debug", "resume.allow=[nonsense]", cache])
+    return compose_config(["+exp=debug", "batch.packing=none", "resume.allow=[nonsense]", cache])
 
 
 @pytest.fixture

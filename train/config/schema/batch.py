@@ -8,6 +8,7 @@ from tunesmith.train.errors import ConfigError
 
 
 class Packing(StrEnum):
+    auto = "auto"
     best_fit = "best_fit"
     none = "none"
 
@@ -19,7 +20,9 @@ class BatchConfig:
     global_batch_size: int  # sequences per optimizer step, all ranks
     micro_batch_size: int  # sequences per forward, one rank; accumulation follows from the two and the ranks
     sequence_length: int  # tokens in one sequence at most
-    packing: Packing = Packing.best_fit  # best_fit: several records fill one sequence; none: one record a sequence
+    packing: Packing = (
+        Packing.auto
+    )  # best_fit: several records fill one sequence; none: one; auto: what the model takes
 
     def __post_init__(self) -> None:
         check_positive(
