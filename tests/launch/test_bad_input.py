@@ -59,10 +59,9 @@ CASES = {
     "not UTF-8": Case((), "{data}:2: not UTF-8 at byte 1", remedy="UTF-8", data=GOOD.encode() + b"\xff\xfe\n"),
     "a row nested too deep": Case(
         (),
-        "{data}:2: tools: nested more than 64 levels deep",
+        "{data}:1: tools: nested more than 64 levels deep",
         remedy="flatten",
-        data=GOOD
-        + '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
+        data='{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
         + f'"tools": [{{"x": {"[" * 300}{"]" * 300}}}]}}\n',
     ),
     "a row nested too deep for JSON": Case((), "{data}:2: not JSON", data=GOOD + "[" * 5000),

@@ -4,9 +4,9 @@ They are seconds of a machine of its own: the share of the cores that other prog
 count, nor does the set-up of fixtures, which many tests share.
 """
 
-import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from time import monotonic  # bound here: tests put other clocks into the module
 
 import psutil
 import pytest
@@ -32,7 +32,7 @@ class Usage:
                 ours += sum(process.cpu_times()[:4])  # user and system, and of its children that have ended
             except psutil.NoSuchProcess:
                 continue
-        return cls(time.monotonic(), machine.user + machine.nice + machine.system, ours)
+        return cls(monotonic(), machine.user + machine.nice + machine.system, ours)
 
     def share_of_others_since(self, start: "Usage") -> float:
         """The fraction of the cores' time that other programs had, 0 to 1."""
@@ -48,11 +48,11 @@ class TooSlow:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, None, None]:
-        started = time.monotonic()
+        started = monotonic()
         if started - self._last.at > 1:
             self._last = Usage.now()
         yield
-        seconds = time.monotonic() - started
+        seconds = monotonic() - started
         if seconds <= LIMIT_SECONDS or any(item.get_closest_marker(mark) for mark in MAY_TAKE_LONGER):
             return
         before, self._last = self._last, Usage.now()
