@@ -21,6 +21,7 @@ from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import plan_faults, progress, reach
+from tunesmith.train.run.versions_check import check_versions
 from tunesmith.train.track.console import Console
 from tunesmith.train.track.reporter import Reporter
 from tunesmith.train.watch import node_checks
@@ -62,6 +63,7 @@ def run(composed: Composed) -> Path:
         watchdog = Watchdog(world, timeouts, store, lambda line: _close(reporter, config, line))
         run_dir = Path(distributed.broadcast_text(str(run_dir), device))
         nodes = node_checks.check_nodes(config, composed.resolved, world, device, store, run_dir)
+        check_versions(config, world, device, reporter)
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         # Imported here because DeepSpeed picks its accelerator while it is imported.
         from tunesmith.train.run.setup import make_run
