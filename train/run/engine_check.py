@@ -26,7 +26,6 @@ WORLD_SIZE = 2
 WRONG = 3  # exit code: a gradient is wrong, and the lines before the last one say where
 FINDINGS, ERROR = "findings.jsonl", "error."
 SEQUENCES, TOKENS, VOCABULARY = 8, 12, 64
-BETA1 = 0.9
 LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI", "MASTER_", "TUNESMITH_")  # of the run that asks
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -107,7 +106,7 @@ class Finding:
         return f"{self.combination}: {self.problem or f'right to {self.grad_rel_err:.1e}'}"
 
 
-def config_of(combination: Combination, folder: Path) -> Any:
+def config_of(combination: Combination, folder: Path, *overrides: str) -> Any:
     """A run of the combination, of one step without clipping."""
     from tunesmith.train.config.compose import compose_config
 
@@ -126,21 +125,24 @@ def config_of(combination: Combination, folder: Path) -> Any:
             f"batch.global_batch_size={SEQUENCES}",
             f"batch.micro_batch_size={SEQUENCES // WORLD_SIZE // combination.accumulation}",
             *(f"batch.sequence_length={TOKENS}", "optimizer.learning_rate=1e-2", "optimizer.max_grad_norm=null"),
-            f"optimizer.beta1={BETA1}",
+            *overrides,
         ]
     ).config
 
 
 def write_models(folder: Path) -> None:
     """A tiny Llama whose head is its embedding, and one whose is not."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tunesmith.train.model.load import load_base
 
-    for tied in (False, True):
-        torch.manual_seed(0)
-        shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=tied, initializer_range=0.2, **shape)
-        LlamaForCausalLM(config).save_pretrained(folder / ("twice" if tied else "once"))
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": TOKENS}
+    for name, tied in (("once", False), ("twice", True)):
+        own = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": tied}
+        (folder / name).mkdir()
+        text = json.dumps(own | sizes | {"initializer_range": 0.2})
+        (folder / name / "config.json").write_text(text, encoding="utf-8")
+        config = config_of(Combination(0), folder / name, "model.random_weights=true")
+        load_base(config).save_pretrained(folder / name)
 
 
 def make_model(combination: Combination, config: Any, world: Any) -> Any:
@@ -218,31 +220,27 @@ def expected_gradients(combination: Combination, folder: Path, weights: dict[str
 
 
 def applied_gradients(engine: Any) -> dict[str, Any]:
-    """What AdamW was given in an engine's first step, of each trained parameter: flat, float64. Every rank calls it."""
+    """What the first update of an engine was made with, by trained parameter: flat, float64. Every rank calls it."""
     import torch
 
+    from tunesmith.train.optimizer import first_gradient
     from tunesmith.train.ranks.distributed import sum_over_ranks
     from tunesmith.train.zero.sharding import full_shape
     from tunesmith.train.zero.universal import optimizer_tensors
 
     deep, parameters = engine._engine, dict(engine.module.named_parameters())
-    base = deep.basic_optimizer
-    found = {
-        name: torch.zeros(full_shape(parameter), dtype=torch.float64).flatten()
-        for name, parameter in parameters.items()
-        if parameter.requires_grad
-    }
-    holders = dict.fromkeys(found, 0.0)  # without ZeRO every rank holds all
-    for tensor in optimizer_tensors(deep.optimizer, {id(p): name for name, p in parameters.items()}):
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    found = {name: torch.zeros(full_shape(own), dtype=torch.float64).flatten() for name, own in trained.items()}
+    held = dict.fromkeys(found, 0)  # numbers of each on this rank: without ZeRO every rank holds all
+    for tensor in optimizer_tensors(deep.optimizer, {id(own): name for name, own in parameters.items()}):
         for part in tensor.fragments:
-            moment = base.state[tensor.weights]["exp_avg"].flatten()
-            found[part.name][part.start : part.start + part.numel] = moment[part.at : part.at + part.numel]
-            holders[part.name] = part.numel
-    beta1 = base.param_groups[0]["betas"][0]
-    copies = sum_over_ranks(torch.tensor(list(holders.values()), dtype=torch.float64))
+            numbers = first_gradient(deep.basic_optimizer, tensor.weights).flatten()
+            found[part.name][part.start : part.start + part.numel] = numbers[part.at : part.at + part.numel]
+            held[part.name] = part.numel
+    copies = sum_over_ranks(torch.tensor(list(held.values()), dtype=torch.float64))
     return {
-        name: sum_over_ranks(moment) * moment.numel() / count / (1 - beta1)
-        for (name, moment), count in zip(found.items(), copies, strict=True)
+        name: sum_over_ranks(gradient) * gradient.numel() / numbers
+        for (name, gradient), numbers in zip(found.items(), copies, strict=True)
     }
 
 

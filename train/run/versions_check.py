@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -84,21 +85,15 @@ def _key() -> str:
 
 def _run(most_seconds: float) -> tuple[str, str]:
     """The problem that the check finds, or has itself; and its last line."""
-    process = subprocess.Popen(
-        COMMAND,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, wrong = process.communicate(timeout=most_seconds)
-    except subprocess.TimeoutExpired:
-        return f"the check of their gradients was not done in {most_seconds:g} s", ""
-    finally:  # it forks: its children go with it, also when this run is asked to stop
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(COMMAND, **pipes, text=True, start_new_session=True) as process:
+        try:
+            said, wrong = process.communicate(timeout=most_seconds)
+        except subprocess.TimeoutExpired:
+            return f"the check of their gradients was not done in {most_seconds:g} s", ""
+        finally:  # it forks: its children go with it, also when this run is asked to stop
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     lines = said.splitlines()
     if process.returncode == engine_check.WRONG:
         return f"they compute a wrong gradient: {lines[-2]}", ""
