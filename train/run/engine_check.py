@@ -22,6 +22,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tunesmith.train.errors import TunesmithError
+
 WORLD_SIZE = 2
 WRONG = 3  # exit code: a gradient is wrong, and the lines before the last one say where
 FINDINGS, ERROR = "findings.jsonl", "error."
@@ -41,19 +43,19 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 @dataclass(frozen=True)
 class Combination:
-    """reuse: twice is a block that both layers share, and a head that is the embedding; recomputed, the same with
+    """reuse: used twice is a block that both layers share, and a head that is the embedding; recomputed, the same with
     gradient checkpointing. With lora every weight that is trained is a matrix: the group that does not decay is empty.
     """
 
     stage: int
     accumulation: int = 1
-    reuse: str = "once"
+    reuse: str = "used once"
     precision: str = "fp32"
     adapter: str = "none"
 
     def __str__(self) -> str:
         return (
-            f"ZeRO {self.stage}, accumulation {self.accumulation}, weights used {self.reuse}, {self.precision}, "
+            f"ZeRO {self.stage}, accumulation {self.accumulation}, weights {self.reuse}, {self.precision}, "
             f"adapter {self.adapter}"
         )
 
@@ -61,20 +63,20 @@ class Combination:
 ALL = [
     Combination(*point)
     for point in itertools.product(
-        (0, 1, 2, 3), (1, 4), ("once", "twice", "recomputed"), ("fp32", "bf16"), ("none", "lora")
+        (0, 1, 2, 3), (1, 4), ("used once", "used twice", "recomputed"), ("fp32", "bf16"), ("none", "lora")
     )
 ]
 # Each stage meets each other setting, and each number format each use.
 QUICK = [
-    Combination(0, 4, "twice", "bf16", "none"),
+    Combination(0, 4, "used twice", "bf16", "none"),
     Combination(0, 1, "recomputed", "fp32", "lora"),
     Combination(1, 4, "recomputed", "bf16", "lora"),
-    Combination(1, 1, "twice", "fp32", "none"),
-    Combination(2, 4, "once", "fp32", "none"),
-    Combination(2, 1, "twice", "bf16", "lora"),
+    Combination(1, 1, "used twice", "fp32", "none"),
+    Combination(2, 4, "used once", "fp32", "none"),
+    Combination(2, 1, "used twice", "bf16", "lora"),
     Combination(2, 4, "recomputed", "bf16", "none"),
-    Combination(3, 4, "twice", "bf16", "none"),
-    Combination(3, 1, "once", "bf16", "lora"),
+    Combination(3, 4, "used twice", "bf16", "none"),
+    Combination(3, 1, "used once", "bf16", "lora"),
     Combination(3, 4, "recomputed", "fp32", "none"),
 ]
 
@@ -154,7 +156,7 @@ def make_model(combination: Combination, config: Any, world: Any) -> Any:
     from tunesmith.train.zero.sharding import full_shape, gathered
 
     model = load_model(config, world)
-    if combination.reuse != "once":
+    if combination.reuse != "used once":
         blocks = transformer_blocks(model)
         blocks[1] = blocks[0]
     lots = torch.Generator().manual_seed(1)
@@ -205,7 +207,7 @@ def expected_gradients(combination: Combination, folder: Path, weights: dict[str
 
     from tunesmith.train.ranks.distributed import World
 
-    plain = Combination(0, 1, "once", "fp32", combination.adapter)
+    plain = Combination(0, 1, "used once", "fp32", combination.adapter)
     alone = make_model(combination, config_of(plain, folder), World()).double()
     own = dict(alone.named_parameters())
     with torch.no_grad():
@@ -253,7 +255,7 @@ def check(combination: Combination, folder: Path, world: Any) -> Finding:
     from tunesmith.train.ranks.distributed import gather_texts
 
     cpu = torch.device("cpu")
-    folder = folder / ("once" if combination.reuse == "once" else "twice")
+    folder = folder / ("once" if combination.reuse == "used once" else "twice")
     config = config_of(combination, folder)
     engine = Engine(make_model(combination, config, world), config, world, cpu, Kernels.off, lambda _: None)
     engine.train()
@@ -323,7 +325,8 @@ def _fork(rank: int, combinations: Sequence[Combination], folder: Path) -> int:
     try:
         be_rank(rank, combinations, folder)
     except Exception as error:
-        (folder / f"{ERROR}{rank}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        said = str(error) if isinstance(error, TunesmithError) else f"{type(error).__name__}: {error}"
+        (folder / f"{ERROR}{rank}").write_text(said, encoding="utf-8")
         os._exit(1)
     os._exit(0)
 
@@ -335,7 +338,11 @@ def main(arguments: Sequence[str]) -> int:
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         del os.environ[name]
     os.environ.update(ENVIRONMENT)
-    findings = check_all(combinations)
+    try:
+        findings = check_all(combinations)
+    except RuntimeError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
     for precision in sorted({finding.combination.precision for finding in findings}):
         sys.stdout.write(f"{precision}: max_grad_rel_err={_worst(findings, precision):.1e}\n")
     wrong = [finding for finding in findings if finding.problem]
