@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster test-all torture planted test-gpu lint format docs bench bench-gpu bench-crash kernels-check kernels-report clean
+.PHONY: help demo test test-slow test-cluster test-all torture planted test-gpu lint format docs bench bench-gpu bench-crash engine-check kernels-check kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -71,6 +71,9 @@ bench-gpu: $(INSTALLED)  ## the kernels against Liger, CCE, PEFT and others, on 
 bench-crash: $(INSTALLED)  ## crashes, flipped bits and resuming, beside transformers.Trainer with DeepSpeed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python bench/crash_peer.py
+
+engine-check: $(INSTALLED)  ## gradients of the engine on two ranks against float64, in every combination
+	$(BIN)/python -P -m tunesmith.train.run.engine_check
 
 kernels-check: $(INSTALLED)  ## the proof of the kernels that needs no GPU, with its figures
 	$(BIN)/python bench/kernels_check.py

@@ -58,6 +58,12 @@ def state_of(optimizer: Any, weights: Tensor, updates: float, moments: Mapping[s
     return {"step": step, **moments}
 
 
+def first_gradient(optimizer: Any, weights: Tensor) -> Tensor:
+    """What the first update of some weights was made with, clipped or not, float64."""
+    moment: Tensor = optimizer.state[weights]["exp_avg"]
+    return moment.double() / (1 - optimizer.param_groups[0]["betas"][0])
+
+
 def _settings(config: Config) -> dict[str, Any]:
     settings = config.optimizer
     return {"betas": (settings.beta1, settings.beta2), "eps": settings.eps}

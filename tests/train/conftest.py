@@ -156,15 +156,6 @@ def short_run(
     return overrides
 
 
-@pytest.fixture
-def fp16() -> None:
-    """Skips where DeepSpeed cannot train in fp16, which a CPU's model decides."""
-    import torch
-
-    if not (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()):
-        pytest.skip("DeepSpeed refuses fp16 on a CPU without AMX-FP16 or AVX512-FP16")
-
-
 @pytest.fixture(scope="session")
 def ranks(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
     """ranks(n) is a pool of n rank processes, started at its first use and shared by the session."""

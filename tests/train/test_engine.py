@@ -379,7 +379,6 @@ def test_offload_does_not_change_the_loss_curve(once: Once, overrides_of: Overri
     assert found["moments"] == ["torch.float32"]
 
 
-@pytest.mark.usefixtures("fp16")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_scales_its_loss_and_learns_as_fp32_does(once: Once, overrides_of: OverridesOf, stage: int) -> None:
     few = ["schedule.max_steps=24", "optimizer.learning_rate=3e-3"]
@@ -392,7 +391,6 @@ def test_fp16_scales_its_loss_and_learns_as_fp32_does(once: Once, overrides_of: 
     assert found["module"] == ["torch.float16"]
 
 
-@pytest.mark.usefixtures("fp16")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_skips_steps_until_its_loss_scale_fits(once: Once, overrides_of: OverridesOf, stage: int) -> None:
     high = ["engine.precision=fp16", "engine.deepspeed.fp16.initial_scale_power=20", "optimizer.max_skipped_steps=12"]

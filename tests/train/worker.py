@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from tunesmith.train.answer.evaluate import evaluate
 from tunesmith.train.config.compose import compose_config
-from tunesmith.train.config.config import Config
+from tunesmith.train.config.config import Config, Precision
 from tunesmith.train.data.prepare import prepare
 from tunesmith.train.data.tokenizer import load_tokenizer
 from tunesmith.train.model.kernel_choice import choose_kernels
@@ -109,7 +110,13 @@ class Rank:
             loop.close()
 
     def made(self, config: Config, folder: Path, reporter: Reporter) -> Run:
-        """A run whose data is prepared."""
+        """A run whose data is prepared.
+
+        DeepSpeed refuses fp16 on a CPU that has no instructions for it (AMX-FP16, AVX512-FP16). torch computes it in
+        software there; the scaling of the loss is the same Python everywhere.
+        """
+        if config.engine.precision is Precision.fp16:
+            get_accelerator().is_fp16_supported = lambda: True
         config.batch.packing = choose_packing(config, check_model(config), self.device, reporter.note)
         tokenizer = load_tokenizer(config.model, config.data)
         objective = make_objective(config, tokenizer)

@@ -26,6 +26,7 @@ class Phase(StrEnum):
     preparing_data = "preparing the data", TimeoutKind.start
     meeting_ranks = "meeting the other ranks", TimeoutKind.start
     checking_nodes = "checking the nodes", TimeoutKind.start
+    checking_engine = "checking the engine", TimeoutKind.start
     finding_checkpoint = "looking for a checkpoint", TimeoutKind.start
     loading_model = "loading the model", TimeoutKind.start
     timing_kernels = "timing kernels", TimeoutKind.start

@@ -30,6 +30,7 @@ from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import plan_faults, progress, reach
+from tunesmith.train.run.versions_check import check_versions
 from tunesmith.train.track.console import Console
 from tunesmith.train.track.reporter import Reporter
 from tunesmith.train.watch import node_checks
@@ -72,6 +73,7 @@ def run(composed: Composed) -> Path:
         run_dir = Path(distributed.broadcast_text(str(run_dir), device))
         check_same_data(data.fingerprint, device)
         nodes = node_checks.check_nodes(config, composed.resolved, world, device, store, run_dir)
+        check_versions(config, world, device, reporter)
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         # Imported here because DeepSpeed picks its accelerator while it is imported.
         from tunesmith.train.run.setup import make_run

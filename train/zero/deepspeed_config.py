@@ -110,7 +110,7 @@ def _owned(config: Config, world_size: int) -> dict[str, Any]:
     }
     if engine.precision is not Precision.fp32:
         tree["communication_data_type"] = "fp32"  # sums over ranks keep the bits that bf16 would drop
-        if engine.stage > 0 and engine.precision is Precision.bf16 and accumulation > 1:
+        if engine.precision is Precision.bf16 and accumulation > 1:
             tree["data_types"] = {"grad_accum_dtype": "fp32"}
     return tree
 
@@ -118,10 +118,11 @@ def _owned(config: Config, world_size: int) -> dict[str, Any]:
 def zero_stage(engine: EngineConfig) -> int:
     """The stage that DeepSpeed runs.
 
-    fp16 at ZeRO 0 runs as ZeRO 1, the same numbers: DeepSpeed 0.19.8 unscales gradients there whose loss it never
-    scaled (https://github.com/deepspeedai/DeepSpeed/pull/8393). It can go when a release holds that.
+    fp16 and bf16 at ZeRO 0 run as ZeRO 1. DeepSpeed 0.19.8 unscales fp16 gradients there whose loss it never scaled
+    (https://github.com/deepspeedai/DeepSpeed/pull/8393; that can go when a release holds it), and it adds up the bf16
+    gradients of micro batches in bf16, whatever grad_accum_dtype says (tests/train/zero/test_gradient_sums.py).
     """
-    return max(engine.stage, 1) if engine.precision is Precision.fp16 else engine.stage
+    return engine.stage if engine.precision is Precision.fp32 else max(engine.stage, 1)
 
 
 def _zero(engine: EngineConfig) -> dict[str, Any]:

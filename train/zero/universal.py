@@ -115,7 +115,7 @@ def load(engine: Any, folder: Path, group_names: list[list[str]], state_of: Stat
         optimizer.checkpoint_event_prologue()
     base = engine.basic_optimizer
     with torch.no_grad():
-        for tensor in _optimizer_tensors(optimizer, names):
+        for tensor in optimizer_tensors(optimizer, names):
             _fill(tensor, base, whole, state_of)
         _refresh_weights(optimizer)
         _load_buffers(engine.module, whole.buffers())
@@ -140,7 +140,7 @@ def _check_names(whole: WholeState, group_names: list[list[str]], folder: Path) 
     )
 
 
-def _optimizer_tensors(optimizer: Any, names: dict[int, str]) -> Iterator[OptimizerTensor]:
+def optimizer_tensors(optimizer: Any, names: dict[int, str]) -> Iterator[OptimizerTensor]:
     """Every tensor that this rank's optimizer updates, wherever this kind of DeepSpeed's optimizers keeps it."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _of_stage_3(optimizer, names)

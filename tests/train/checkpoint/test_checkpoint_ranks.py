@@ -39,10 +39,7 @@ def test_what_each_kind_of_engine_saves_is_allowed_and_loads_bitwise(
     tmp_path: Path,
     stage: int,
     precision: str,
-    request: pytest.FixtureRequest,
 ) -> None:
-    if precision == "fp16":
-        request.getfixturevalue("fp16")
     overrides = overrides_of(stage, f"engine.precision={precision}")
     alone = ranks(2).train_in_pieces(overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])
     taken_up = ranks(2).train_in_pieces(overrides=overrides, run_dir=str(tmp_path / "pieces"), stop_after=[3])

@@ -11,7 +11,7 @@ from tunesmith.train.data.store import IGNORE_INDEX, TokenStore, write_store
 PAD = 2  # also the token that ends every record here: padding must not be told by its id
 X = IGNORE_INDEX
 IDS = [[10, 11, 12, 13, PAD], [20, 21, PAD], [30, 31, 32, PAD]]
-WEIGHTS = [[0, 0, 1, 1, 1], [0, 0.5, 0.5], [0, 0, 0, 2]]
+WEIGHTS = [[0, 0, 1, 1, 1], [0, 0.5, 0.5], [0, 0, 0, 3]]
 
 
 @pytest.fixture
@@ -36,10 +36,10 @@ def test_a_packed_micro_batch_is_what_a_hand_would_write(make_store):
         [30, 31, 32, PAD, PAD, PAD, PAD, PAD],
     ]
     assert batch.labels.tolist() == [[X, 12, 13, PAD, X, 21, PAD, X], [X, X, PAD, X, X, X, X, X]]
-    assert batch.weights.tolist() == [[0, 1, 1, 1, 0, 0.5, 0.5, 0], [0, 0, 2, 0, 0, 0, 0, 0]]
+    assert batch.weights.tolist() == [[0, 1, 1, 1, 0, 0.5, 0.5, 0], [0, 0, 3, 0, 0, 0, 0, 0]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.target_rows.tolist() == [1, 2, 3, 5, 6, 10]
-    assert (batch.num_target_tokens, batch.target_weight, batch.num_tokens) == (6, 6.0, 12)
+    assert (batch.num_target_tokens, batch.target_weight, batch.num_tokens) == (6, 7.0, 12)
 
 
 def test_an_unpacked_micro_batch_is_what_a_hand_would_write(make_store):

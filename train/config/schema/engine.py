@@ -29,6 +29,7 @@ class EngineConfig:
     offload_optimizer: Offload = Offload.none  # where the optimizer state lives
     offload_weights: Offload = Offload.none  # where the weights live; stage 3 only
     nvme_path: str | None = None  # folder on a local NVMe disk, for offload to nvme
+    check_versions: bool = True  # before the first run with versions of DeepSpeed, torch, transformers nobody has tried
     deepspeed: dict[str, Any] = field(default_factory=dict)  # raw DeepSpeed keys, added to those that Tunesmith sets
 
     def __post_init__(self) -> None:
