@@ -118,6 +118,7 @@ def test_a_library_is_at_home_in_its_rooms_only(library: str) -> None:
     assert not guests
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize("module", covered(["answer.bot", "data.prepare", "run.run"], ["run.run"]))
 def test_deepspeed_is_imported_only_once_a_run_is_ready(module: str) -> None:
     """It takes seconds, and picks its accelerator while it is imported."""

@@ -21,6 +21,7 @@ def test_the_quick_ones_are_there() -> None:
     assert {mutant.name for mutant in MUTANTS["MUTANTS"]} >= set(QUICK)
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize(
     "mutant",
     [

@@ -76,11 +76,10 @@ def test_a_folder_that_only_the_first_node_sees_is_not_shared(tmp_path: Path, lo
     assert "not shared" in sick.reason
 
 
+@pytest.mark.slow  # a network file system gets its time
 def test_a_node_without_the_folder_says_so_and_makes_none(tmp_path: Path) -> None:
     out = tmp_path / "runs" / "job" / "preflight"
-    began = time.monotonic()
     done = run(out, "abc", "n2")
-    assert time.monotonic() - began > 5  # a network file system gets its time
     assert done.returncode == 1
     assert "n2" in done.stderr
     assert preflight.printed(done.stdout)[0].sees_folder is False

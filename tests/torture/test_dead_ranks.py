@@ -16,6 +16,7 @@ TIMEOUTS = tuple(f"cluster.{name}_minutes={TIMEOUT_SECONDS / 60}" for name in ("
 CAUSE = re.compile(r"^rank (?P<rank>\d+) of \d+.*? at step (?P<step>\d+), in (?P<phase>[^,:;\n]+)", re.MULTILINE)
 
 later = pytest.mark.torture
+long = (pytest.mark.slow, pytest.mark.torture)
 
 
 def the_cause(said: str) -> tuple[int, int, str]:
@@ -29,7 +30,7 @@ def the_cause(said: str) -> tuple[int, int, str]:
 @pytest.mark.parametrize(
     ("rank", "step", "phase"),
     [
-        (1, 4, "backward"),
+        pytest.param(1, 4, "backward", marks=long),
         pytest.param(0, 4, "backward", marks=later),
         pytest.param(1, 5, "forward", marks=later),
         pytest.param(0, 2, "update", marks=later),
@@ -87,7 +88,7 @@ def test_a_rank_that_exits_early_fails_the_job(start, happened) -> None:
 @pytest.mark.parametrize(
     ("kind", "rank"),
     [
-        ("stop", 1),
+        pytest.param("stop", 1, marks=long),
         pytest.param("sleep", 1, marks=later),
         pytest.param("sleep", 0, marks=later),
         pytest.param("gil", 1, marks=later),
@@ -133,4 +134,4 @@ def ended_after(job, run_dir: Path, step: int) -> float:
     job.wait_until(lambda: metrics.exists() and f'"step":{step},' in metrics.read_text())
     reached = time.monotonic()
     job.wait(60)
-    return max(job.ended_at.values()) - reached
+    return max(forked.ended_at for forked in job.ranks) - reached

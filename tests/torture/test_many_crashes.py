@@ -18,7 +18,10 @@ def crash_after(step: int, lots: random.Random) -> str:
 
 @pytest.mark.row(16)
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("num_crashes", [3, pytest.param(20, marks=pytest.mark.torture)])
+@pytest.mark.parametrize(
+    "num_crashes",
+    [pytest.param(3, marks=(pytest.mark.slow, pytest.mark.torture)), pytest.param(20, marks=pytest.mark.torture)],
+)
 def test_seeded_crashes_change_nothing_and_cost_at_most_an_interval_each(
     start, left_alone, trained, losses, published, happened, tmp_path: Path, num_crashes: int
 ) -> None:

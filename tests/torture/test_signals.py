@@ -15,7 +15,7 @@ later = pytest.mark.torture
 @pytest.mark.parametrize(
     ("faults", "saved"),
     [
-        ("term:rank=1,step=4,phase=forward", 5),
+        pytest.param("term:rank=1,step=4,phase=forward", 5, marks=(pytest.mark.slow, later)),
         pytest.param("int:rank=0,step=4,phase=backward", 5, marks=later),
         pytest.param("usr1:rank=1,step=4,phase=update", 5, marks=later),
         pytest.param("term:rank=0,step=4,phase=reading data", 5, marks=later),

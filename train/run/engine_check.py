@@ -194,6 +194,7 @@ def batch_of(rows: slice) -> Any:
         labels=labels,
         columns={"weights": weights},
         target_rows=target_rows,
+        lengths=torch.full((len(ids),), TOKENS),
         num_examples=len(ids),
         num_target_tokens=len(target_rows),
         target_weight=float(weights.double().sum()),
@@ -264,7 +265,8 @@ def check(combination: Combination, folder: Path, world: Any) -> Finding:
     expected = expected_gradients(combination, folder, before)
     size = config.batch.micro_batch_size
     first = world.rank * SEQUENCES // world.world_size
-    scorer = engine.scorer.over(torch.tensor(batch_of(slice(0, SEQUENCES)).target_weight))
+    whole_batch = batch_of(slice(0, SEQUENCES))
+    scorer = engine.scorer.over(torch.tensor(whole_batch.target_weight), torch.tensor(float(whole_batch.num_tokens)))
     for micro_batch in range(combination.accumulation):
         start = first + micro_batch * size
         engine.backward(scorer.nll(batch_of(slice(start, start + size))).loss)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from tunesmith.launch.sweeping import driver
 from tunesmith.launch.sweeping.driver import SweepDriver
 from tunesmith.launch.sweeping.plan import SweepPlan, claim_folder, make_plan
 from tunesmith.launch.sweeping.settings import SweeperConfig
@@ -55,6 +56,13 @@ class Programs:
         seconds = 0.0 if self._slow not in (None, rate) else self._seconds
         command = [sys.executable, "-c", TRAINING, folder, rate, str(seconds)]
         return LocalTrial(subprocess.Popen(command))
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of seconds, not hours: the driver looks more often."""
+    for name, seconds in {"LOOK_SECONDS": 0.05, "FOLLOW_SECONDS": 0.2, "FILL_SECONDS": 0.3}.items():
+        monkeypatch.setattr(driver, name, seconds)
 
 
 @pytest.fixture

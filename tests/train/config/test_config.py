@@ -167,6 +167,7 @@ def test_a_batch_that_does_not_divide_names_the_sizes_that_do() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_every_check_of_the_schema_is_broken_by_one_of_these_tests() -> None:
     raised = {error_of(*overrides)[1] for overrides in [*(rule[0] for rule in RULES), UNEVEN]}
     for path in SCHEMA_FILES:

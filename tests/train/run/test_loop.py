@@ -21,7 +21,7 @@ QUICK = [
     (2, 1, 2, "none"),
     (1, 2, 2, "lora"),
     (2, 2, 4, "none"),
-    (1, 3, 1, "none"),
+    (1, 3, 4, "none"),
     (2, 3, 4, "lora"),
 ]
 REFERENCES = [(1, 0, 1, "none"), (1, 0, 1, "lora")]
@@ -125,7 +125,7 @@ def test_the_matrix_has_uneven_micro_batches_and_a_rank_without_targets(curve_of
 
 @pytest.mark.parametrize("adapter", ["none", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_loss_curve_of_packed_sequences_does_not_depend_on_the_split(curve_of: CurveOf, adapter: str) -> None:
-    packed = ["batch.packing=best_fit", "schedule.epochs=null", f"schedule.max_steps={NUM_STEPS}"]
+    packed = ["batch.packing=best_fit", "schedule.epochs=null", "schedule.max_steps=10"]
     assert_same_curve(curve_of(2, 3, 2, adapter, *packed), curve_of(1, 0, 1, adapter, *packed))
 
 

@@ -105,6 +105,8 @@ def test_the_ranks_are_different_and_dropout_is_on(alone: Any) -> None:
     assert len(alone[0]["evaluations"]) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.row(15)
 def test_a_time_limit_stops_all_ranks_in_time_whatever_the_wall_clock_says(
     ranks: Callable[[int], Any], overrides: list[str], tmp_path: Path

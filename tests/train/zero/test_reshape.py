@@ -145,9 +145,9 @@ ADAPTERS = {
 }
 CHAINS = [
     ("dora", [(2, 2), (1, 3)]),
-    ("none", [(1, 3), (2, 1)]),
 ]
 TORTURE = [
+    ("none", [(1, 3), (2, 1)]),
     ("last_layers", [(2, 2), (2, 3), (1, 1), (4, 0), (1, 2)]),
     ("dora", [(world, 3) for world in ROUND]),
     *((adapter, [(world, stage) for world in ROUND]) for stage in (1, 2) for adapter in ("none", "dora")),
@@ -207,7 +207,7 @@ def whole(saved: str, folder: Path) -> dict[str, Any]:
 
 
 BITWISE = {
-    "bf16 in short": [(2, 1), (4, 1), (1, 3)],
+    "bf16 in short": [(2, 1), (1, 3)],
     "fp32": [(2, 3), (4, 2), (1, 0), (2, 1), (4, 3), (2, 0)],
     # two micro batches a step on two ranks, one on four: at stage 1 another optimizer of DeepSpeed's each time
     "bf16": [(2, 1), (4, 1), (2, 3), (1, 0), (2, 1), (4, 2)],

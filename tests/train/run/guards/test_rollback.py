@@ -91,14 +91,11 @@ def skipped_rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "skipped_steps.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-POINTS = [(0, "none")]
-SLOW = [(3, "lora"), (0, "lora"), (1, "none"), (1, "lora"), (2, "none"), (2, "lora"), (3, "none")]
+POINTS = [(0, "none"), (3, "lora"), (0, "lora"), (1, "none"), (1, "lora"), (2, "none"), (2, "lora"), (3, "none")]
 
 
 @pytest.mark.row(20)
-@pytest.mark.parametrize(
-    ("stage", "adapter"), [*POINTS, *(pytest.param(*point, marks=pytest.mark.slow) for point in SLOW)]
-)
+@pytest.mark.parametrize(("stage", "adapter"), covered(POINTS, [], POINTS[:1]))
 def test_a_spike_is_rolled_back_from_and_a_kill_after_it_changes_nothing(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, adapter: str
 ) -> None:
