@@ -6,6 +6,7 @@ tests/cluster/test_sweep_slurm.py has a real one, which cannot be sent away at w
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,17 @@ def after(seconds: float, action: Callable[[], Any]) -> None:
     threading.Timer(seconds, action).start()
 
 
+def once(condition: Callable[[], bool], action: Callable[[], Any]) -> None:
+    """The action as soon as the condition is true."""
+
+    def wait() -> None:
+        while not condition():
+            time.sleep(0.05)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def ids(slurm: Path) -> list[str]:
     return sorted(path.name for path in slurm.glob("job-*"))
 
@@ -98,7 +110,7 @@ def test_trials_wait_for_a_slurm_that_takes_no_jobs_just_then(
     plan = plan_of(SEARCH, n_jobs=2)
     (slurm / "says").write_text(says)
     (slurm / "done").touch()
-    after(5.0, (slurm / "says").unlink)
+    after(1.5, (slurm / "says").unlink)
     jobs_of(plan).run()
     assert [trial["status"] for trial in report_of(plan)["trials"]] == ["finished", "finished"]
     assert ids(slurm) == ["job-41", "job-42"]
@@ -142,12 +154,11 @@ def test_jobs_that_wait_in_the_queue_are_stopped_though_slurm_is_silent_at_first
     driver = jobs_of(plan)
 
     def interrupt() -> None:
-        assert ids(slurm) == ["job-41", "job-42"]
         (slurm / "says").write_text("Unable to contact slurm controller (connect failure)")
         os.kill(os.getpid(), signal.SIGTERM)
-        after(2.0, (slurm / "says").unlink)
+        after(1.0, (slurm / "says").unlink)
 
-    after(3.0, interrupt)
+    once(lambda: ids(slurm) == ["job-41", "job-42"], interrupt)
     driver.run()
     assert driver.asked == "SIGTERM"
     assert [path.read_text().strip() for path in sorted(slurm.glob("job-*"))] == ["CANCELLED"] * 2
@@ -175,7 +186,7 @@ def test_a_job_whose_driver_was_killed_before_it_noted_it_down_is_followed_not_s
         (folder / "summary.json").write_text('{"status": "finished", "eval": {"loss": 0.5}}')
         (slurm / "job-41").write_text("COMPLETED")
 
-    after(4.0, finish)
+    after(1.5, finish)
     with FileLock(folder / ".tunesmith-lock"):  # the training has it for as long as it runs
         jobs_of(plan).run()
     assert [trial["status"] for trial in report_of(plan)["trials"]] == ["finished"]
