@@ -125,6 +125,7 @@ def test_code_that_reads_safely_is_left_alone(reported: dict[str, set[str]]) -> 
     assert security == set()
 
 
+@pytest.mark.slow  # `make lint` says the same
 def test_the_tree_is_clean() -> None:
     files = python_files([])
     assert {ROOT / "train/run/run.py", ROOT / "launch/train.py", ROOT / "tests/conftest.py"} <= set(files)

@@ -228,6 +228,7 @@ def picked_lora(cache: str) -> list[str]:
             candidates[:] = before[name]
 
 
+@pytest.mark.slow
 def test_loras_blocks_are_picked_under_the_interpreter(tmp_path, interpreter):
     found = interpreter.run(picked_lora, cache=str(tmp_path / "picks.json"))
     assert found == ["lora.down.32", "lora.grad_down.32", "lora.grad_up.16", "lora.up.16"]

@@ -221,7 +221,7 @@ def weights_digest(engine: Any) -> str:
     ("stage", "precision", "poison"),
     covered(
         itertools.product(range(4), ("fp32", "bf16"), ("nan", "inf", "loss")),
-        [(0, "fp32", "nan"), (1, "bf16", "loss"), (2, "fp32", "loss"), (3, "bf16", "loss")],
+        [(0, "fp32", "nan"), (1, "bf16", "loss")],
     ),
 )
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_counted_and_told(
@@ -311,7 +311,7 @@ def trained(rank: Any, overrides: list[str], watch: str) -> dict[str, Any]:
 
 
 # Accumulation 2 and 1: under ZeRO 1 DeepSpeed takes another optimizer for each.
-@pytest.mark.parametrize(("stage", "micro"), covered([(0, 2), (1, 2), (1, 4), (2, 2), (3, 2)], [(1, 2), (3, 2)]))
+@pytest.mark.parametrize(("stage", "micro"), covered([(0, 2), (1, 2), (1, 4), (2, 2), (3, 2)], [(1, 2)]))
 def test_bf16_keeps_updates_that_are_too_small_for_bf16(
     once: Once, overrides_of: OverridesOf, stage: int, micro: int
 ) -> None:
@@ -333,7 +333,7 @@ def test_bf16_keeps_updates_that_are_too_small_for_bf16(
 
 @pytest.mark.parametrize(
     ("stage", "family"),
-    covered(itertools.product(range(4), ("qwen2", "gpt2")), [(0, "qwen2"), (2, "gpt2"), (3, "qwen2")]),
+    covered(itertools.product(range(4), ("qwen2", "gpt2")), [(0, "qwen2"), (3, "gpt2")]),
 )
 def test_only_matrices_decay(
     once: Once, make_model: Callable[..., Path], overrides_of: OverridesOf, stage: int, family: str
@@ -379,7 +379,7 @@ def test_offload_does_not_change_the_loss_curve(once: Once, overrides_of: Overri
     assert found["moments"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("stage", covered(range(4), [3]))
+@pytest.mark.parametrize("stage", covered(range(4), [1]))
 def test_fp16_scales_its_loss_and_learns_as_fp32_does(once: Once, overrides_of: OverridesOf, stage: int) -> None:
     few = ["schedule.max_steps=24", "optimizer.learning_rate=3e-3"]
     found = once(trained, overrides=overrides_of(stage, *few, "engine.precision=fp16"), watch="model.norm")[0]
@@ -391,7 +391,7 @@ def test_fp16_scales_its_loss_and_learns_as_fp32_does(once: Once, overrides_of: 
     assert found["module"] == ["torch.float16"]
 
 
-@pytest.mark.parametrize("stage", covered(range(4), [1]))
+@pytest.mark.parametrize("stage", covered(range(4), [2]))
 def test_fp16_skips_steps_until_its_loss_scale_fits(once: Once, overrides_of: OverridesOf, stage: int) -> None:
     high = ["engine.precision=fp16", "engine.deepspeed.fp16.initial_scale_power=20", "optimizer.max_skipped_steps=12"]
     found = once(trained, overrides=overrides_of(stage, *high, "schedule.max_steps=24"), watch="model.norm")

@@ -48,7 +48,7 @@ def test_what_each_kind_of_engine_saves_is_allowed_and_loads_bitwise(
 @pytest.mark.row(17)
 @pytest.mark.parametrize(
     ("stage", "more"),
-    [(2, "adapter=lora"), pytest.param(3, "adapter=none", marks=pytest.mark.slow)],
+    covered([(2, "adapter=lora"), (3, "adapter=none")], [], [(2, "adapter=lora")]),
 )
 def test_in_the_background_a_resumed_run_is_bitwise_the_same(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, stage: int, more: str

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matrices import covered
 
 NUM_STEPS = 8
 DROPOUT = ["adapter=lora", "adapter.dropout=0.2"]
@@ -20,7 +21,10 @@ def overrides_of(short_run: Callable[..., list[str]], make_records: Callable[...
     return lambda *more: short_run(0, NUM_STEPS, *own, *more, records=29)
 
 
-@pytest.mark.parametrize("adapter", [["adapter=none"], DROPOUT, ["adapter=dora", "adapter.dropout=0.2"]], ids=str)
+RUNS = [["adapter=none"], DROPOUT, ["adapter=dora", "adapter.dropout=0.2"]]
+
+
+@pytest.mark.parametrize("adapter", covered(RUNS, RUNS[1:2]), ids=str)
 def test_neither_recomputation_nor_evaluation_nor_resuming_changes_a_bit(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, adapter: list[str]
 ) -> None:

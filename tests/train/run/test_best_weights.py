@@ -50,9 +50,9 @@ def published(rank: Any, overrides: list[str], run_dir: str, stop_after: list[in
 @pytest.mark.parametrize(
     ("world_size", "stage", "adapter", "stop_after"),
     [
-        (1, 0, "none", []),
+        (1, 0, "none", [5]),
         (2, 2, "lora", []),
-        (2, 3, "none", [5]),
+        pytest.param(2, 3, "none", [5], marks=pytest.mark.slow),
         pytest.param(2, 3, "lora", [4], marks=pytest.mark.slow),
     ],
 )

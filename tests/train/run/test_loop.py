@@ -21,7 +21,6 @@ QUICK = [
     (2, 1, 2, "none"),
     (1, 2, 2, "lora"),
     (2, 2, 4, "none"),
-    (1, 3, 4, "none"),
     (2, 3, 4, "lora"),
 ]
 REFERENCES = [(1, 0, 1, "none"), (1, 0, 1, "lora")]

@@ -80,7 +80,7 @@ PLACES = [  # what strikes, and the last step then done
 
 
 @pytest.mark.row(13)
-@pytest.mark.parametrize(("fault", "last_step"), covered(PLACES, [PLACES[0], *PLACES[5:]], PLACES[1:5]))
+@pytest.mark.parametrize(("fault", "last_step"), covered(PLACES, PLACES[5:], PLACES[:5]))
 def test_all_ranks_stop_at_the_step_that_is_done_and_the_run_goes_on_bitwise(
     ranks: Callable[[int], Any], overrides: list[str], alone: Any, tmp_path: Path, fault: str, last_step: int
 ) -> None:

@@ -59,7 +59,7 @@ def residency(rank: Any, overrides: list[str]) -> dict[str, Any]:
             ("lora", "false"),
             ("none", "false"),
         ],
-        [("lora", "true"), ("none", "true")],
+        [("lora", "true")],
     ),
 )
 def test_gathered_weights_are_released_again(

@@ -87,6 +87,8 @@ def test_a_sound_run_is_left_alone_and_keeps_its_losses(
     assert found["losses"] == without["losses"]
 
 
+@pytest.mark.slow
+@pytest.mark.torture
 def test_zero_3_says_what_it_cannot_check(ranks: Callable[[int], Any], overrides_of: OverridesOf) -> None:
     nothing_stays = "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
     (found, _) = ranks(2).run(flipped_run, overrides=overrides_of(3, "none", nothing_stays), fault="")

@@ -132,6 +132,8 @@ def test_a_spike_is_rolled_back_from_and_a_kill_after_it_changes_nothing(
         assert [row["step"] for row in skipped_rows(run_dir)] == [36, 37, 38]
 
 
+@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.row(20)
 def test_rollbacks_are_bounded(ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path) -> None:
     overrides = overrides_of(2, "none", "optimizer.max_rollbacks=1")
