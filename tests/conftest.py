@@ -44,7 +44,9 @@ def happened(record_property: Callable[[str, object], None]) -> Callable[[str], 
     return lambda text: record_property("happened", text)
 
 
+@pytest.hookimpl(trylast=True)  # after the order was shuffled
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("cold") is None)  # the longest first: no worker waits for one
     for item in items:
         item.user_properties += [("row", mark.args[0]) for mark in item.iter_markers("row")]
     if torch.cuda.is_available():

@@ -145,11 +145,15 @@ def test_every_field_of_the_schema_is_read_by_the_code() -> None:
     assert unread(schema_classes(), code_files()) == []
 
 
-@pytest.mark.parametrize("owner", ["Config", "ModelConfig", "BatchConfig", "EvaluateConfig"])
-def test_a_field_that_nobody_reads_is_found(owner: str) -> None:
-    schema = schema_classes()
-    schema[owner] |= {"lr_that_nobody_reads", "hidden_size"}  # the code reads hidden_size, of another library's config
-    assert unread(schema, code_files()) == [f"{owner}.hidden_size", f"{owner}.lr_that_nobody_reads"]
+def test_a_field_that_nobody_reads_is_found() -> None:
+    schema, owners = schema_classes(), ["BatchConfig", "Config", "EvaluateConfig", "ModelConfig"]
+    for owner in owners:
+        schema[owner] |= {
+            "lr_that_nobody_reads",
+            "hidden_size",
+        }  # the code reads hidden_size, of another library's config
+    absent = [f"{owner}.{name}" for owner in owners for name in ("hidden_size", "lr_that_nobody_reads")]
+    assert unread(schema, code_files()) == absent
 
 
 PATTERNS = {

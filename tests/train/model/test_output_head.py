@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from tunesmith.train.model.output_head import Tail, UnknownHead, find_tail
 
-NUM_STEPS = 12
+NUM_STEPS = 8
 ADAPTERS = {"none": ["adapter=none"], "lora": ["adapter=lora", "adapter.dropout=0"]}
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}

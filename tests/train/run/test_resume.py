@@ -15,7 +15,7 @@ import pytest
 from matrices import covered
 
 TRAIN = Path(__file__).parents[3] / "launch/train.py"
-NUM_STEPS = 14
+NUM_STEPS = 11
 ADAPTERS = {"none": ["adapter=none"], "lora": ["adapter=lora", "adapter.dropout=0.1"]}
 OverridesOf = Callable[..., list[str]]
 
