@@ -66,6 +66,19 @@ def test_other_settings_are_refused_by_name_and_leave_all_as_it_is(again: Run, o
     assert answer["left"] == []
 
 
+def test_data_that_has_gone_since_is_said_and_no_mistake(again: Run, tmp_path: Path) -> None:
+    data = again.args[1] / FOLDER / "données (1).jsonl"
+    kept = data.rename(tmp_path / "kept.jsonl")
+    try:
+        gone, other = again(), again("data.train=nope.jsonl")
+    finally:
+        kept.rename(data)
+    assert gone["code"] == 0, gone["stderr"]
+    assert "the data of that run is not there any more, and was not compared" in " ".join(gone["stdout"].split())
+    assert other["code"] == 2
+    assert "nope.jsonl" in other["stderr"]
+
+
 def test_what_is_allowed_to_differ_is_said_and_all_names_are_given_at_once(again: Run) -> None:
     allowed = again("seed=1", "resume.allow=[seed]")
     assert allowed["code"] == 0, allowed["stderr"]

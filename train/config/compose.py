@@ -175,9 +175,7 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
                 f"{text} gives several values to one run.", at=at, do="give one; a list is written [a,b]."
             )
         if is_setting and override.is_add() and not override.is_force_add() and not below_raw_key(key):
-            raise ConfigError(
-                f"{key} exists already.", at=at, do=f"write {shlex.quote(text.lstrip('+'))}, without the plus."
-            )
+            raise ConfigError(f"{key} exists already.", at=at, do=_without_plus(text))
         if options:
             _check_choice(text, override.value(), key, options)
 
@@ -222,9 +220,7 @@ def _check_choice(text: str, value: object, group: str, options: list[str]) -> N
     if group == "exp" and not text.startswith("+"):
         raise ConfigError("an experiment is added, with a plus.", at=at, do=f"write {shlex.quote(f'+{text}')}.")
     if group != "exp" and text.startswith("+"):
-        raise ConfigError(
-            f"{group} has an option already.", at=at, do=f"write {shlex.quote(text.lstrip('+'))}, without the plus."
-        )
+        raise ConfigError(f"{group} has an option already.", at=at, do=_without_plus(text))
     if isinstance(value, dict):
         raise ConfigError(
             f"{group} takes one of its options.", at=at, do=f"set its keys one by one: {group}.<key>=<value>."

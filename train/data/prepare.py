@@ -146,7 +146,7 @@ def _hash(parts: dict[str, Any]) -> str:
 
 
 def _place(name: str) -> str:
-    return str(Path(resolve_path(name)).expanduser().absolute())
+    return str(Path(resolve_path(name)).absolute())
 
 
 def _pinned(names: list[str]) -> list[Source]:

@@ -10,13 +10,13 @@ import torch
 
 from tunesmith.train.checkpoint import find as checkpoint_find
 from tunesmith.train.checkpoint import fingerprint
-from tunesmith.train.config.compose import Composed
+from tunesmith.train.config.compose import Composed, load_resolved
 from tunesmith.train.config.config import Config
 from tunesmith.train.data.prepare import PreparedData, check_same_data, prepare
 from tunesmith.train.data.prepare import fingerprint as data_fingerprint
 from tunesmith.train.data.preview import preview
 from tunesmith.train.data.tokenizer import load_tokenizer
-from tunesmith.train.errors import TunesmithError
+from tunesmith.train.errors import DataError, TunesmithError
 from tunesmith.train.files import run_folder
 from tunesmith.train.files.fence import fence
 from tunesmith.train.files.manifest import Identity
@@ -110,18 +110,33 @@ def run(composed: Composed) -> Path:
 def _say_finished(
     composed: Composed, world: World, device: torch.device, run_dir: Path, summary: dict[str, Any]
 ) -> None:
-    """Says so. Raises TrainingError where the finished run is one of other settings, data or base model."""
-    config, saved, notes = composed.config, summary.get("identity"), []
-    if saved:  # runs of before 2026-12 do not say what they were
-        _settle_packing(composed, device, lambda text: None)
-        tokenizer = load_tokenizer(config.model, config.data)
-        data = data_fingerprint(config, tokenizer, make_objective(config, tokenizer))
-        current = fingerprint.of_finished(config, world, data)
+    """Rank 0 says so. Raises TrainingError where the finished run is one of other settings, data or base model."""
+    if world.rank > 0:
+        return
+    config, notes = composed.config, list[str]()
+    if tree := summary.get("identity"):  # runs of before 2026-12 do not say what they were
+        saved = Identity.from_tree(tree)
+        data = _data_of_finished(composed, device, run_dir)
+        if data is None:
+            notes.append("the data of that run is not there any more, and was not compared")
+        current = fingerprint.of_finished(config, world, data or saved.fingerprint["data"])
         fingerprint.check_allowed(config.resume.allow, current)
-        notes = fingerprint.compare_finished(Identity.from_tree(saved), current, config.resume.allow, run_dir)
-    if world.rank == 0:
-        for line in [*notes, f"{run_dir} is already finished; another output_dir starts another run."]:
-            Console().print(line)
+        notes += fingerprint.compare_finished(saved, current, config.resume.allow, run_dir)
+    for line in [*notes, f"{run_dir} is already finished; another output_dir starts another run."]:
+        Console().print(line)
+
+
+def _data_of_finished(composed: Composed, device: torch.device, run_dir: Path) -> str | None:
+    """The fingerprint of the data as it is now; None where the run's own data has gone, as staged data does."""
+    config = composed.config
+    _settle_packing(composed, device, lambda text: None)
+    tokenizer = load_tokenizer(config.model, config.data)
+    try:
+        return data_fingerprint(config, tokenizer, make_objective(config, tokenizer))
+    except DataError:
+        if load_resolved(run_dir / run_folder.CONFIG).data != config.data:
+            raise
+        return None
 
 
 def _prepare(
