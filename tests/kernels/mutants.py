@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+OPTIONS = ("-o", "addopts=--import-mode=importlib")  # a test that is too slow has not caught a fault
 PYTEST = str(Path(sys.executable).with_name("pytest"))
 LOSS = "lce/test_linear_cross_entropy.py"
 USE = "test_kernels_in_use.py"
@@ -319,7 +320,7 @@ def run_tests(mutant: Mutant, planted: bool) -> int:
             file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
         choice = [f"tests/kernels/{mutant.tests}", "-k", mutant.chosen]
         done = subprocess.run(
-            [PYTEST, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *choice],
+            [PYTEST, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *OPTIONS, *choice],
             cwd=copy, env=os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
             capture_output=True, text=True, timeout=250,
         )  # fmt: skip

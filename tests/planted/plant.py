@@ -3,8 +3,8 @@
     python tests/planted/plant.py               # all of them; exit code 1 when one survives
     python tests/planted/plant.py microloss gas  # these
 
-A fault is a file NAME.patch: what it is, a line `caught by: tests/...` for each test or file that must fail, and a
-diff. Without a fault the same tests must pass. Only tests that `make test` runs count.
+A fault is a file NAME.patch: what it is, a line `caught by: tests/...` for each file or test of which one must fail, and
+a diff. Without a fault the same tests must pass. Only tests that `make test` runs count.
 """
 
 import os
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 PYTEST = str(Path(sys.executable).with_name("pytest"))
 IN_MAKE_TEST = "not slow and not torture and not cluster and not gpu"
 NOT_COPIED = (".git", ".venv", "runs", "outputs", "build", "*.egg-info", "__pycache__", ".*_cache")
+OPTIONS = "addopts=--import-mode=importlib --strict-markers"  # a test that is too slow has not caught a fault
 AT_ONCE = 2
 TIMEOUT_SECONDS = 900
 
@@ -57,6 +58,7 @@ def run_tests(copy: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
     """pytest in the copy, up to the first test that fails. Raises RuntimeError when pytest itself fails."""
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "TMPDIR": str(copy.parent)}
     command = [PYTEST, "-x", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", IN_MAKE_TEST]
+    command += ["-o", OPTIONS]
     done = subprocess.run(
         [*command, *tests], cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
     )

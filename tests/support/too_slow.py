@@ -1,11 +1,13 @@
 """A default test has five seconds: what takes longer fails, and belongs to `make test-slow`.
 
-They are seconds of a machine of its own: the share of the cores that other programs and tests took meanwhile does not
-count, nor does the set-up of fixtures, which many tests share.
+They are seconds of a machine of its own: the time in which processes waited for a core does not count, as long as none
+of the test's own has computed for longer; nor does the set-up of fixtures, which many tests share.
 """
 
+import os
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic  # bound here: tests put other clocks into the module
 
 import psutil
@@ -13,31 +15,35 @@ import pytest
 
 LIMIT_SECONDS = 5.0
 MAY_TAKE_LONGER = ("cold", "slow", "torture", "cluster", "gpu")
+PRESSURE = Path("/proc/pressure/cpu")  # Linux: "some avg10=0.00 avg60=0.00 avg300=0.00 total=<microseconds>"
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Seconds of a core that were used since the start of the machine: by all, and by this process and its children."""
-
     at: float
-    by_all: float
-    by_us: float
+    waited: float  # seconds in which some process of the machine waited for a core, since it was started
+    computed: dict[int, float]  # seconds of a core that this process and each of its children has had
 
     @classmethod
     def now(cls) -> "Usage":
-        machine, ours = psutil.cpu_times(), 0.0
+        waited, computed = 0.0, {}
+        if PRESSURE.exists():
+            waited = int(PRESSURE.read_text().split("total=")[1].split()[0]) / 1e6
         own = psutil.Process()
         for process in (own, *own.children(recursive=True)):
             try:
-                ours += sum(process.cpu_times()[:4])  # user and system, and of its children that have ended
+                computed[process.pid] = sum(process.cpu_times()[:2])
             except psutil.NoSuchProcess:
                 continue
-        return cls(monotonic(), machine.user + machine.nice + machine.system, ours)
+        return cls(monotonic(), waited, computed)
 
-    def share_of_others_since(self, start: "Usage") -> float:
-        """The fraction of the cores' time that other programs had, 0 to 1."""
-        others = (self.by_all - start.by_all) - (self.by_us - start.by_us)
-        return min(max(others / (psutil.cpu_count() or 1) / (self.at - start.at), 0.0), 1.0)
+    def seconds_alone(self, seconds: float, before: "Usage") -> float:
+        """What so many seconds until now would have been on a machine of its own, at least."""
+        crowded = max(0.0, 1 - (os.cpu_count() or 1) / max(os.getloadavg()[0], 1e-3))
+        if PRESSURE.exists():
+            crowded = min(1.0, (self.waited - before.waited) / (self.at - before.at))
+        longest = max(had - before.computed.get(pid, 0.0) for pid, had in self.computed.items())
+        return max(min(longest, seconds), seconds * (1 - crowded))
 
 
 class TooSlow:
@@ -56,7 +62,7 @@ class TooSlow:
         if seconds <= LIMIT_SECONDS or any(item.get_closest_marker(mark) for mark in MAY_TAKE_LONGER):
             return
         before, self._last = self._last, Usage.now()
-        alone = seconds * (1 - self._last.share_of_others_since(before))
+        alone = self._last.seconds_alone(seconds, before)
         if alone > LIMIT_SECONDS:
             pytest.fail(
                 f"it took {seconds:.1f} s, {alone:.1f} s of a machine of its own; a test of `make test` has "
