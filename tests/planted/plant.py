@@ -3,8 +3,8 @@
     python tests/planted/plant.py               # all of them; exit code 1 when one survives
     python tests/planted/plant.py microloss gas  # these
 
-A fault is a file NAME.patch: what it is, a line `caught by: tests/...` for each file or test of which one must fail, and
-a diff. Without a fault the same tests must pass. Only tests that `make test` runs count.
+A fault is a file NAME.patch: what it is, lines `caught by: tests/...` with the files or tests of which one must fail,
+and a diff. Without a fault the same tests must pass. Only tests that `make test` runs count.
 """
 
 import os
