@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def finished_generation_config(model: Any, tokenizer: Any) -> Any:
     That is every end-of-sequence id of the base model, and the tokens that end our turns.
     """
     generation = copy.deepcopy(model.generation_config)
-    ids = [*_as_list(generation.eos_token_id), *_as_list(model.config.eos_token_id), *stop_token_ids(tokenizer)]
+    configs = (model.config, model.config.get_text_config())  # of a model that sees, the second alone may have one
+    named = [generation.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)]
+    ids = [*chain.from_iterable(map(_as_list, named)), *stop_token_ids(tokenizer)]
     generation.eos_token_id = list(dict.fromkeys(ids))
     generation.pad_token_id = tokenizer.pad_token_id
     return generation

@@ -177,7 +177,8 @@ def _generation_config(settings: ModelConfig) -> GenerationConfig:
 
 def _load_whole(settings: ModelConfig, hf_config: Any, dtype: torch.dtype) -> PreTrainedModel:
     options = _options(settings)
-    if _quantization(hf_config) == "mxfp4":  # gpt-oss: read into the training dtype
+    dequantize = _quantization(hf_config) == "mxfp4"  # gpt-oss: read into the training dtype
+    if dequantize:
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -198,7 +199,14 @@ def _load_whole(settings: ModelConfig, hf_config: Any, dtype: torch.dtype) -> Pr
             at="model.name_or_path",
             do="use a complete checkpoint; Tunesmith does not fill weights with random numbers unasked.",
         )
+    if dequantize:
+        # Nothing quantizes it again: reversed, the quantizer's converters would give dense weights its names.
+        model._weight_conversions = [it for it in model._weight_conversions if not _is_quantizers(it)]
     return model
+
+
+def _is_quantizers(conversion: Any) -> bool:
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
 
 
 def _load_sharded(config: Config, world: World, hf_config: Any) -> PreTrainedModel:

@@ -146,10 +146,10 @@ def _prepare(
     config = composed.config
     hf_config = _settle_packing(composed, device, reporter.note)
     tokenizer = load_tokenizer(config.model, config.data)
-    check_rows(config, hf_config, tokenizer)
     objective = make_objective(config, tokenizer)
     reach(Phase.preparing_data)
     data = prepare(config, tokenizer, objective, show_progress=world.local_rank == 0)
+    check_rows(config, hf_config, tokenizer, data, reporter.note)
     if config.data.preview:
         reporter.note(preview(tokenizer, data.train, config.data.preview))
     return tokenizer, objective, data

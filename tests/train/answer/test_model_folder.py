@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tunesmith.train.answer.export import Draft, saved_names
 from tunesmith.train.answer.merge import merge
-from tunesmith.train.answer.model_folder import try_settings, write_settings
+from tunesmith.train.answer.model_folder import finished_generation_config, try_settings, write_settings
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.data.render import encode_prompt
 from tunesmith.train.data.tokenizer import load_tokenizer
@@ -128,6 +128,18 @@ def test_stop_ids_of_an_old_config_json_are_kept_without_a_file_of_their_own(bas
     (base / "config.json").write_text(json.dumps(settings | {"eos_token_id": BASE_STOPS, "temperature": 0.7}))
     found = load_base(random).generation_config
     assert (found.eos_token_id, found.temperature) == (BASE_STOPS, 0.7)
+
+
+def test_a_model_that_sees_has_its_stop_ids_in_the_config_of_its_text_part(base: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 2048, "eos_token_id": BASE_STOPS}
+    settings = AutoConfig.for_model("gemma3", text_config=text, vision_config=sizes | {"image_size": 56})
+    assert not hasattr(settings, "eos_token_id")
+    model = AutoModelForCausalLM.from_config(settings)
+    model.generation_config = GenerationConfig()
+    config = config_of(base).config
+    tokenizer = load_tokenizer(config.model, config.data)
+    assert finished_generation_config(model, tokenizer).eos_token_id == [*BASE_STOPS, END_OF_TURN]
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_found_before_the_training(base: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -140,6 +141,48 @@ def test_experts_are_trained_and_written_as_published(
         moved = [name for name in before if "experts" in name and not torch.equal(written[name], before[name])]
         assert len(moved) >= 4
     assert all(it == pytest.approx(losses[0], rel=1e-5) for it in losses)
+
+
+@pytest.fixture(scope="module")
+def mxfp4(make_experts, tmp_path_factory) -> Path:
+    """gpt-oss as OpenAI publishes it: of the experts' weights, two numbers of four bits a byte, and a scale for 32."""
+    folder = tmp_path_factory.mktemp("mxfp4") / "model"
+    shutil.copytree(make_experts("gpt_oss"), folder)
+    generator, published = torch.Generator().manual_seed(0), {}
+    for name, tensor in weights_of(folder).items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            published[name] = tensor
+            continue
+        shape = (tensor.shape[0], tensor.shape[2], tensor.shape[1] // 32)  # experts, out, in
+        published[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        published[f"{name}_scales"] = torch.randint(119, 123, shape, generator=generator, dtype=torch.uint8)
+    save_file(published, folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora", pytest.param("last_layers", marks=pytest.mark.slow)])
+def test_what_was_read_from_mxfp4_is_written_dense(adapter, mxfp4, ranks, short_run, make_experts, tmp_path):
+    more = ["adapter.num_layers=1"] if adapter == "last_layers" else []
+    overrides = short_run(
+        2, 2, f"adapter={adapter}", *more, "batch.packing=none", "checkpoint.at_end=false", model=mxfp4
+    )
+    run_dir = tmp_path / "run"
+    answer = ranks(1).run(trained, overrides=overrides, folder=str(run_dir / "model"))[0]
+    assert answer["restored"]
+    assert "weights equal, logits within" in answer["words"]
+    finished = run_dir / "model"
+    if adapter == "lora":
+        create(run_dir, yaml.safe_dump(compose_config(overrides).resolved))
+        merge(run_dir, finished := run_dir / "merged")
+    dense = make_experts("gpt_oss")
+    written = weights_of(finished)
+    assert {name: it.shape for name, it in written.items()} == {n: it.shape for n, it in weights_of(dense).items()}
+    assert "quantization_config" not in json.loads((finished / "config.json").read_text())
+    opened = AutoModelForCausalLM.from_pretrained(finished).state_dict()
+    assert all(torch.equal(opened[name], tensor) for name, tensor in written.items())
 
 
 def first_imported(rank: Any, folder: str) -> dict[str, Any]:

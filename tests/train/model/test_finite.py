@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.errors import ModelError
+from tunesmith.train.model.finite import PIECE, check_finite
 from tunesmith.train.model.load import load_model, open_model
 from tunesmith.train.ranks.distributed import World
 
@@ -69,6 +72,25 @@ def test_a_number_too_large_for_fp16_is_told_apart_from_a_bad_file(damaged: Call
         load_model(config_of(folder, "engine.precision=fp16", "engine=zero2"), World())
     assert caught.value.do is not None
     assert caught.value.do.startswith("set engine.precision=bf16 if these numbers are only too large for fp16")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "word"),
+    [
+        (torch.float8_e4m3fn, math.nan, "NaN"),
+        (torch.float8_e5m2, math.nan, "NaN"),
+        (torch.float8_e5m2, -math.inf, "inf"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, PIECE, -1])
+def test_float8_is_looked_through_a_piece_at_a_time(dtype: torch.dtype, value: float, word: str, place: int) -> None:
+    numbers = torch.ones(PIECE + 7).to(dtype)
+    module = nn.Module()
+    module.register_parameter("weight", nn.Parameter(numbers, requires_grad=False))
+    check_finite(module, "stored", World(), torch.device("cpu"))
+    numbers[place] = value
+    with pytest.raises(ModelError, match=f"of stored is not finite: it holds {word}"):
+        check_finite(module, "stored", World(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero3"])

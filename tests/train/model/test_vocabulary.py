@@ -1,4 +1,6 @@
-"""A tokenizer with more ids than the model has rows: refused before weights are loaded, or rows added and trained."""
+"""A tokenizer with more ids than the model has rows: one that is used is refused before weights are loaded, or its row
+added and trained.
+"""
 
 import json
 import shutil
@@ -14,13 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunesmith.train.answer import export
-from tunesmith.train.config.compose import compose_config
-from tunesmith.train.data.tokenizer import load_tokenizer
+from tunesmith.train.config.compose import Composed, compose_config
 from tunesmith.train.errors import ModelError
-from tunesmith.train.model.load import check_model, load_model
-from tunesmith.train.model.vocabulary import check_rows, num_ids
+from tunesmith.train.model.load import load_model
+from tunesmith.train.model.vocabulary import num_ids
 from tunesmith.train.ranks.distributed import World
+from tunesmith.train.run.run import _prepare
+from tunesmith.train.track.reporter import Reporter
 
+CPU = torch.device("cpu")
 ROWS, ADDED = 2048, ["<ticket>", "<order>"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -49,32 +53,75 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def config_of(folder: Path | str, *overrides: str) -> Any:
+def composed_of(folder: Path | str, *overrides: str) -> Composed:
     own = [f"model.name_or_path={folder}", "batch.sequence_length=64", "engine.precision=fp32", *overrides]
-    return compose_config(["+exp=debug", "model=hub", *own]).config
+    return compose_config(["+exp=debug", "model=hub", *own])
 
 
-def checked(folder: Path, *overrides: str) -> None:
-    config = config_of(folder, *overrides)
-    check_rows(config, check_model(config), load_tokenizer(config.model, config.data))
+class Notes(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.notes: list[Any] = []
+
+    def note(self, text: Any) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def checked(records: Path, data_cache: Path) -> Callable[..., list[str]]:
+    """checked(folder, *overrides) is what is noted of ids before weights are loaded; the data is the records."""
+
+    def check(folder: Path, *overrides: str) -> list[str]:
+        data = (f"data.train={records}", "data.validation=[]", f"data.cache_dir={data_cache}", "data.preview=0")
+        rest, told = ("batch.packing=none", "evaluate.every_steps=null", *overrides), Notes()
+        _prepare(composed_of(folder, *data, *rest), World(), CPU, told)
+        return [text for text in told.notes if "has ids up to" in text]
+
+    return check
 
 
 def test_it_is_refused_before_weights_are_loaded(
-    larger: Callable[[bool], Path], make_model: Callable[..., Path], tmp_path: Path
+    checked: Callable[..., list[str]], larger: Callable[[bool], Path], make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(larger(False), tmp_path / "model")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError) as caught:
         checked(folder)
-    assert f"has ids up to 2049, the model 2048 rows: '{ADDED[0]}', '{ADDED[1]}'" in caught.value.what
+    assert f"has ids up to 2049, the model 2048 rows: '{ADDED[0]}', '{ADDED[1]}' would be" in caught.value.what
     assert caught.value.do is not None
     assert "model.resize_embeddings=true and adapter=none: 2 rows are added" in caught.value.do
-    checked(folder, "model.resize_embeddings=true")
-    checked(make_model())
+    assert checked(folder, "model.resize_embeddings=true") == []
+    assert checked(make_model()) == []
+
+
+def test_an_id_that_the_run_never_uses_is_only_noted(
+    checked: Callable[..., list[str]],
+    larger: Callable[[bool], Path],
+    records: Path,
+    make_records: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """As of google/gemma-3-1b-it: 262144 rows, and an <image_soft_token> of the id 262144, which no text has."""
+    other = f"data.train={make_records(8)}"
+    (said,) = checked(larger(False), other)
+    assert said.endswith("would be looked up beyond them, but this run has no such token.")
+    with pytest.raises(ModelError, match=f"rows: '{ADDED[0]}', '{ADDED[1]}' would be looked up"):
+        checked(larger(False), other, f"data.validation={records}", "evaluate.every_steps=1")
+    folder = shutil.copytree(larger(False), tmp_path / "model")
+    for role in ("pad", "eos"):
+        tokenizer = AutoTokenizer.from_pretrained(larger(False))
+        tokenizer.add_special_tokens({f"{role}_token": ADDED[0]})
+        tokenizer.save_pretrained(folder)
+        with pytest.raises(ModelError, match=f"2048 rows: '{ADDED[0]}' would be looked up"):
+            checked(folder, other)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "last_layers"])
-def test_rows_that_an_adapter_would_leave_untrained_are_refused(adapter: str, larger: Callable[[bool], Path]) -> None:
+def test_rows_that_an_adapter_would_leave_untrained_are_refused(
+    adapter: str, checked: Callable[..., list[str]], larger: Callable[[bool], Path]
+) -> None:
     more = ["adapter.num_layers=1"] if adapter == "last_layers" else []
     with pytest.raises(ModelError, match=f"would get rows that adapter={adapter} neither trains nor saves") as caught:
         checked(larger(False), "model.resize_embeddings=true", f"adapter={adapter}", *more)
@@ -83,7 +130,7 @@ def test_rows_that_an_adapter_would_leave_untrained_are_refused(adapter: str, la
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_old_rows_stay_and_new_ones_are_their_mean(tied: bool, larger: Callable[[bool], Path]) -> None:
-    config = config_of(larger(tied), "model.resize_embeddings=true")
+    config = composed_of(larger(tied), "model.resize_embeddings=true").config
     model = load_model(config, World(), num_ids=ROWS + 2)
     base = load_file(larger(tied) / "model.safetensors")
     for module, name in ((model.get_input_embeddings(), EMBEDDING), (model.get_output_embeddings(), HEAD)):
