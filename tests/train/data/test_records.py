@@ -41,6 +41,12 @@ def test_reads_gz_folders_and_globs_in_a_fixed_order(tmp_path):
         assert [record.messages[0].content for record in read_records([source])] == ["a", "b", "c"]
 
 
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(write_jsonl, tmp_path):
+    (tmp_path / "run [1]").mkdir()
+    path = write_jsonl([GOOD], "run [1]/a.jsonl")
+    assert [source.name for source in find_sources([str(tmp_path / "run [1]/*.jsonl")])] == [str(path)]
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\r\n{"prompt": "c", "completion": "d"}\r\n')
@@ -65,6 +71,7 @@ BAD_ROWS = [
     ({"prompt": "a", "completion": "\u200b\u2060\ufeff"}, "completion: empty, so there is nothing to learn"),
     ({"prompt": "", "completion": "b"}, "prompt: empty, so there is nothing to answer"),
     ({"prompt": "\u00ad \n", "completion": "b"}, "prompt: empty, so there is nothing to answer"),
+    ({"prompt": "\U0001d173\U0001bca0\U00013430\ufff0", "completion": "b"}, "prompt: empty, so there is nothing to"),
     ({"prompt": "a", "completoin": "b"}, "completoin: unknown field; did you mean 'completion'?"),
     ({**GOOD, "system": "be kind"}, "system: not a field of prompt/completion rows"),
     ({**GOOD, "weight": 1}, "weight: not a field of prompt/completion rows"),
@@ -135,6 +142,18 @@ BAD_CHATS = [
     (chat_of(CALL, RESULT, RESULT), "messages[2]: a tool's result without its call"),
     (chat_of(CALL, *CHAT["messages"], RESULT), "messages[3]: a tool's result without its call"),
     (answer(tool_calls="f()"), "messages[1].tool_calls: must be a list of objects"),
+    *(
+        (
+            chat_of({**message, "tool_calls": calls}, *CHAT["messages"]),
+            f"messages[0].tool_calls: on a {message['role']} message, which calls nothing",
+        )
+        for message, calls in [(CHAT["messages"][0], [1]), (SYSTEM, {"id": "x"}), (RESULT, "abc"), (SYSTEM, 5)]
+    ),
+    (chat_of({**SYSTEM, "content": "\u200b"}, *CHAT["messages"]), "messages[0].content: nothing that can be seen"),
+    (
+        chat_of(CALL, RESULT, CHAT["messages"][1]),
+        "messages: nothing is asked: no message that is not the assistant's or a tool's",
+    ),
     (
         call_with('{"nope": '),
         "messages[1].tool_calls[0]: arguments are no JSON object: unexpected end of data at column 10",
@@ -159,7 +178,7 @@ def test_conversations_with_instructions_and_tools_are_taken(write_jsonl):
     two = {**CALL, "tool_calls": [{"id": name, "function": {"name": "f", "arguments": ""}} for name in "xy"]}
     results = [{**RESULT, "tool_call_id": name} for name in "yx"]
     conversations = [
-        chat_of(SYSTEM, {**SYSTEM, "role": "developer"}, *CHAT["messages"]),
+        chat_of(SYSTEM, {**SYSTEM, "role": "developer", "content": ""}, *CHAT["messages"]),
         chat_of(CHAT["messages"][0], two, *results, CHAT["messages"][1]),
         chat_of(CHAT["messages"][0], CALL, RESULT, CALL, RESULT, CHAT["messages"][1]),
     ]
