@@ -63,8 +63,9 @@ class Source:
             return
         if kind := foreign_kind(head[:HEAD_BYTES]):
             what, do = kind
-            new = str(Path(self.name).with_suffix(".new.jsonl"))  # never the file itself, which `>` would empty
-            do = do.replace("<file>", shlex.quote(self.name)).replace("<new>", shlex.quote(new))
+            assert self.path is not None
+            new = self.path.with_suffix(".new.jsonl")  # never the file itself, which `>` would empty
+            do = do.replace("<file>", shlex.quote(str(self.path))).replace("<new>", shlex.quote(str(new)))
             raise DataError(f"{self.name} is {what}, not JSON Lines.", at=self.name, do=do)
 
     def _check_digest(self, found: str) -> None:
