@@ -5,9 +5,9 @@ Escape codes move the cursor, set the title, copy to the clipboard; marks of dir
 
 import re
 
-# Controls but tab and line break, among them ESC and the one-character forms of C1; overrides and isolates of
-# direction; halves of surrogate pairs, which no encoding can write.
-DRIVING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Controls but tab and line break, among them ESC and the one-character forms of C1; marks, overrides and isolates of
+# direction; breaks of lines and paragraphs; halves of surrogate pairs, which no encoding can write.
+DRIVING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:

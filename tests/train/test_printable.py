@@ -27,6 +27,7 @@ SPELLED = "\\u001b]0;owned\\u0007\\u001b[2J\\u009b2J\\u202eabc\\u000d\\u007f é 
 def test_what_drives_a_terminal_is_spelled_and_nothing_else():
     assert printable(HOSTILE) == SPELLED
     assert printable("\ud83d") == "\\ud83d"  # half a pair: no encoding can write it
+    assert printable("\u061c\u200e\u200f\u2028\u2029") == "\\u061c\\u200e\\u200f\\u2028\\u2029"
     others = "a\tb\nc é 日本 😀 \u200d \xa0"
     assert printable(others) == others
     assert orjson.loads(printable(orjson.dumps(HOSTILE).decode())) == HOSTILE

@@ -5,12 +5,16 @@
     .<key>.<boot>.<pid>.tmp  what a builder has not finished yet
     .<name>.<boot>.start     held by the rank of a host that checks or builds; in it, what that rank has found
 
+The last lies in a private folder where the cache may only be read.
 A boot is a host, as long as it runs: no two hosts share one, as they may share a name.
 """
 
 import fcntl
+import hashlib
 import os
 import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -59,10 +63,10 @@ def open_or_build(
         plan: finds out the key, and how to build its folder.
     Raises: DataError when the folder can't be written, and whatever plan or the build raises.
     """
-    path = root / f".{name}.{_boot()}.start"
     try:
         root.mkdir(OWNER_ONLY, parents=True, exist_ok=True)  # it holds what the records say
-        if not os.access(root, os.W_OK):  # a cache that another has filled: nothing can be said in it
+        path = _start_path(root, name)
+        if path is None:
             return _checked(root, *plan(), progress)
         since = _now()
         if world_from_environment().local_rank > 0:
@@ -73,7 +77,7 @@ def open_or_build(
             key = _found(start, since)
             if not key:
                 _say(start, "")
-                _remove_leftovers(root)
+                _remove_leftovers(path.parent)
                 key = _checked(root, *plan(), progress).name
                 _say(start, key)
             _taken[path] = _now()
@@ -84,6 +88,21 @@ def open_or_build(
             at="data.cache_dir",
             do="set data.cache_dir to a folder with space that you may write to.",
         ) from error
+
+
+def _start_path(root: Path, name: str) -> Path | None:
+    """Where the ranks of this host tell each other what they have found. None: nowhere that only they may write."""
+    if os.access(root, os.W_OK):
+        return root / f".{name}.{_boot()}.start"
+    name = hashlib.sha256(os.fsencode(root.resolve() / name)).hexdigest()  # a cache that another has filled
+    for parent in filter(None, (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir())):
+        folder = Path(parent) / f"tunesmith-{os.getuid()}"
+        with suppress(OSError):
+            folder.mkdir(OWNER_ONLY, exist_ok=True)
+            found = folder.lstat()  # another may have made it, or a link, to make us believe in what isn't whole
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+                return folder / f".{name}.{_boot()}.start"
+    return None
 
 
 def _checked(root: Path, key: str, build: Build, progress: Progress) -> Path:

@@ -16,7 +16,8 @@ MAX_WEIGHT = 3.4e38  # float32
 # Spaces, and characters that nobody sees: zero-width ones, controls, fillers, joiners, variation selectors.
 BLANK = re.compile(
     r"[\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
-    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]*"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U00013430-\U0001343f\U0001bca0-\U0001bca3"
+    r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
 )
 
 
@@ -61,6 +62,12 @@ def parse_messages(messages: Any) -> list[Message]:
             "every assistant message has weight 0, so there is nothing to learn",
             "give one a weight above 0, or delete the row.",
         )
+    if all(message.role in ("assistant", "tool") for message in parsed):
+        raise RowError(
+            "messages",
+            "nothing is asked: no message that is not the assistant's or a tool's",
+            "add the user's message, or delete the row.",
+        )
     return parsed
 
 
@@ -99,12 +106,18 @@ def _message(message: Any, at: str) -> Message:
     role = message["role"]
     if role not in ROLES:
         raise RowError(f"{at}.role", f"unknown role {role!r}", f"one of {', '.join(ROLES)}.")
-    calls_tools = role == "assistant" and bool(message.get("tool_calls"))
+    calls_tools = bool(message.get("tool_calls"))
+    if calls_tools and role != "assistant":
+        raise RowError(
+            f"{at}.tool_calls", f"on a {role} message, which calls nothing", "keep tool_calls on assistant messages."
+        )
     content = message.get("content") if calls_tools else text_of(message, "content", f"{at}.content")
     if content is not None and not isinstance(content, str):
         raise RowError(f"{at}.content", f"must be a string, not {kind_of(content)}", "write the text of the message.")
     if role in ("user", "assistant") and not calls_tools and BLANK.fullmatch(content or ""):
         raise RowError(f"{at}.content", "empty", "write the text of the message, or delete the row.")
+    if role in INSTRUCTIONS and content and BLANK.fullmatch(content):  # "" turns a template's own instructions off
+        raise RowError(f"{at}.content", "nothing that can be seen", 'write the instructions, or "" for none.')
     extra = {
         name: value
         for name, value in message.items()

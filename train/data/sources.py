@@ -63,8 +63,9 @@ class Source:
             return
         if kind := foreign_kind(head[:HEAD_BYTES]):
             what, do = kind
-            new = str(Path(self.name).with_suffix(".new.jsonl"))  # never the file itself, which `>` would empty
-            do = do.replace("<file>", shlex.quote(self.name)).replace("<new>", shlex.quote(new))
+            assert self.path is not None
+            new = self.path.with_suffix(".new.jsonl")  # never the file itself, which `>` would empty
+            do = do.replace("<file>", shlex.quote(str(self.path))).replace("<new>", shlex.quote(str(new)))
             raise DataError(f"{self.name} is {what}, not JSON Lines.", at=self.name, do=do)
 
     def _check_digest(self, found: str) -> None:
@@ -162,8 +163,11 @@ def _find(name: str) -> list[Source]:
         return [Source(str(file), file) for file in found]
     if path.is_file():
         return [Source(name, path)]
-    if has_magic(str(path)):
-        found = sorted(Path(file) for file in glob(str(path), recursive=True) if Path(file).is_file())
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())  # whose name may have brackets
+    pattern = str(path.relative_to(folder))
+    if has_magic(pattern):
+        found = sorted(folder / file for file in glob(pattern, root_dir=folder, recursive=True))
+        found = [file for file in found if file.is_file()]
         if not found:
             raise DataError(f"no file matches {name}.", at=name, do=f"relative paths start at {Path.cwd()}.")
         return [Source(str(file), file) for file in found]

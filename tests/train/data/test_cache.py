@@ -1,6 +1,8 @@
 """Prepared data: every byte is checked once a start and host; leftovers are removed, and what is at work is not."""
 
 import os
+import stat
+import tempfile
 import time
 
 import pytest
@@ -62,10 +64,16 @@ def test_progress_tells_of_every_byte(tmp_path):
     assert len(counted) == 4
 
 
-def on_two_ranks(rank, root, late=0.0):
-    """What this rank has hashed (blocks) and built (folders), and when it began and ended."""
+def on_two_ranks(rank, root, late=0.0, private=None):
+    """What this rank has hashed (blocks) and built (folders), and when it began and ended.
+
+    With a private folder the cache may only be read (tests may run as root, who may write anywhere).
+    """
     counts = {"hashed": 0, "built": 0}
-    crc = block_sums._crc
+    crc, access = block_sums._crc, os.access
+    if private:
+        os.environ["XDG_RUNTIME_DIR"] = private
+        os.access = lambda path, mode: False
 
     def counting(block):
         counts["hashed"] += 1
@@ -83,7 +91,7 @@ def on_two_ranks(rank, root, late=0.0):
         folder = open_or_build(cache.Path(root), "name", lambda: ("key", build))
         assert (folder / "x").stat().st_size == 9 * MIB
     finally:
-        block_sums._crc = crc
+        block_sums._crc, os.access = crc, access
     return counts | {"ended": time.monotonic()}
 
 
@@ -144,9 +152,40 @@ def test_marks_of_hosts_that_are_gone_are_removed(tmp_path):
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_a_cache_that_may_only_be_read_is_used(monkeypatch, tmp_path):
+def test_one_rank_of_a_host_checks_a_cache_that_may_only_be_read(ranks, tmp_path, tmp_path_factory):
+    pool, private = ranks(2), tmp_path_factory.mktemp("private")
+    pool.run(on_two_ranks, root=str(tmp_path))
+    for _ in range(2):  # what an earlier start has found is not believed
+        found = pool.run(on_two_ranks, root=str(tmp_path), private=str(private), late=0.5)
+        assert [(rank["hashed"], rank["built"]) for rank in found] == [(3, 0), (0, 0)]
+    (folder,) = private.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == cache.OWNER_ONLY
+
+
+@pytest.mark.parametrize("spoil", ["open", "link"])
+def test_a_private_folder_that_others_may_have_made_is_not_believed(spoil, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "temp").mkdir()
+    in_temp = tmp_path / f"temp/tunesmith-{os.getuid()}"
+    folder = tmp_path / in_temp.name
+    if spoil == "open":
+        folder.mkdir()
+        folder.chmod(0o770)
+    else:
+        (tmp_path / "other").mkdir(cache.OWNER_ONLY)
+        folder.symlink_to("other")
+    assert cache._start_path(tmp_path, "name").parent == in_temp
+    in_temp.rmdir()
+    in_temp.touch()
+    assert cache._start_path(tmp_path, "name") is None
+
+
+def test_a_cache_that_may_only_be_read_is_used(monkeypatch, tmp_path, tmp_path_factory):
     opened(tmp_path, b"abc")
     (tmp_path / f".name.{cache._boot()}.start").unlink()
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write anywhere
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("private")))
     assert (opened(tmp_path, b"abc") / "train/weights.npy").read_bytes() == b"abc"
     assert {path.name for path in tmp_path.iterdir()} == {"key", "key.lock"}

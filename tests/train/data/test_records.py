@@ -41,6 +41,12 @@ def test_reads_gz_folders_and_globs_in_a_fixed_order(tmp_path):
         assert [record.messages[0].content for record in read_records([source])] == ["a", "b", "c"]
 
 
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(write_jsonl, tmp_path):
+    (tmp_path / "run [1]").mkdir()
+    path = write_jsonl([GOOD], "run [1]/a.jsonl")
+    assert [source.name for source in find_sources([str(tmp_path / "run [1]/*.jsonl")])] == [str(path)]
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\r\n{"prompt": "c", "completion": "d"}\r\n')
@@ -65,6 +71,7 @@ BAD_ROWS = [
     ({"prompt": "a", "completion": "\u200b\u2060\ufeff"}, "completion: empty, so there is nothing to learn"),
     ({"prompt": "", "completion": "b"}, "prompt: empty, so there is nothing to answer"),
     ({"prompt": "\u00ad \n", "completion": "b"}, "prompt: empty, so there is nothing to answer"),
+    ({"prompt": "\U0001d173\U0001bca0\U00013430\ufff0", "completion": "b"}, "prompt: empty, so there is nothing to"),
     ({"prompt": "a", "completoin": "b"}, "completoin: unknown field; did you mean 'completion'?"),
     ({**GOOD, "system": "be kind"}, "system: not a field of prompt/completion rows"),
     ({**GOOD, "weight": 1}, "weight: not a field of prompt/completion rows"),
@@ -135,6 +142,18 @@ BAD_CHATS = [
     (chat_of(CALL, RESULT, RESULT), "messages[2]: a tool's result without its call"),
     (chat_of(CALL, *CHAT["messages"], RESULT), "messages[3]: a tool's result without its call"),
     (answer(tool_calls="f()"), "messages[1].tool_calls: must be a list of objects"),
+    *(
+        (
+            chat_of({**message, "tool_calls": calls}, *CHAT["messages"]),
+            f"messages[0].tool_calls: on a {message['role']} message, which calls nothing",
+        )
+        for message, calls in [(CHAT["messages"][0], [1]), (SYSTEM, {"id": "x"}), (RESULT, "abc"), (SYSTEM, 5)]
+    ),
+    (chat_of({**SYSTEM, "content": "\u200b"}, *CHAT["messages"]), "messages[0].content: nothing that can be seen"),
+    (
+        chat_of(CALL, RESULT, CHAT["messages"][1]),
+        "messages: nothing is asked: no message that is not the assistant's or a tool's",
+    ),
     (
         call_with('{"nope": '),
         "messages[1].tool_calls[0]: arguments are no JSON object: unexpected end of data at column 10",
@@ -159,7 +178,7 @@ def test_conversations_with_instructions_and_tools_are_taken(write_jsonl):
     two = {**CALL, "tool_calls": [{"id": name, "function": {"name": "f", "arguments": ""}} for name in "xy"]}
     results = [{**RESULT, "tool_call_id": name} for name in "yx"]
     conversations = [
-        chat_of(SYSTEM, {**SYSTEM, "role": "developer"}, *CHAT["messages"]),
+        chat_of(SYSTEM, {**SYSTEM, "role": "developer", "content": ""}, *CHAT["messages"]),
         chat_of(CHAT["messages"][0], two, *results, CHAT["messages"][1]),
         chat_of(CHAT["messages"][0], CALL, RESULT, CALL, RESULT, CHAT["messages"][1]),
     ]
@@ -244,11 +263,29 @@ FOREIGN = {
     "a Parquet file": b"PAR1\x15\x04",
     "one JSON array": b'[{"prompt": "a", "completion": "b"},\n{"prompt": "a", "completion": "b"}]\n',
     "JSON over several lines": b'{\n  "prompt": "a",\n  "completion": "b"\n}\n',
+    "a JSON array on each line": b'["a", "b"]\n["c", "d"]\n',
+    "columns separated by |": b"prompt|completion\na|b\n",
+    "a tar archive": b"data.jsonl".ljust(257, b"\0") + b"ustar\x0000" + bytes(249) + ROW,
+    "text": b"- prompt: a\n  completion: b\n",
+    "binary data": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
 }
+OTHERS = [
+    ("CSV", b",prompt,completion\n0,a,b\n1,c,d\n"),  # of df.to_csv()
+    ("CSV", "prompt,réponse\na,b\n".encode()),
+    ("CSV", "prompt,réponse\na,b\n".encode("latin-1")),
+    ("CSV", b'Prompt (user),Answer?\n"a\nb, c",d\n"cut, in'),
+    ("a page of HTML or XML", b"<div class='x'>\nLog in, please\n</div>\n"),
+    ("a page of HTML or XML", b"<table>\n<tr><td>a</td></tr>"),
+    ("UTF-16 text without a byte order mark", '{"prompt": "一日本", "completion": "Да"}\n'.encode("utf-16-le")),
+    ("UTF-16 text without a byte order mark", ("вопрос,ответ\n" + "да,нет\n" * 9).encode("utf-16-be")),
+    ("a page of HTML or XML", b"<html>\n<style>\n{ color: red }\n</style>"),
+    ("CSV", b"prompt,answer\na\0,b\n"),  # damaged, not UTF-16
+    ("text", b"Hello, you\nwho read, and write, and hear\n"),
+]
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("kind", "content"), FOREIGN.items(), ids=FOREIGN)
+@pytest.mark.parametrize(("kind", "content"), [*FOREIGN.items(), *OTHERS])
 def test_a_file_that_is_no_json_lines_is_named_once_for_what_it_is(kind, content, packed, tmp_path):
     path = tmp_path / ("my data.jsonl.gz" if packed else "my data.jsonl")
     path.write_bytes(gzip.compress(content) if packed else content)
@@ -263,19 +300,38 @@ SPREAD_OUT = [
     b'{"prompt": "a",\n "completion": "b"}\n',
     b'{"data": [\n{"prompt": "a", "completion": "b"}\n]}\n',
     b'\xef\xbb\xbf{\n"prompt": "' + b"a" * 70_000 + b'",\n"completion": "b"}\n',
+    b'{"prompt": "a",\n"completion": "' + b"a" * 70_000 + b'"}\n',
+    b'{"version": 1, "train set": [\n' + b'{"prompt": "a", "completion": "b"},\n' * 3000 + b'{"prompt": "a"}]}\n',
+    b'{"messages": [\n{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
 ]
+OBJECTS = [".", "'.data[]'", ".", ".", """'."train set"[]'""", "."]
 
 
-@pytest.mark.parametrize("content", SPREAD_OUT)
-def test_json_over_several_lines_in_other_ways(content, tmp_path):
+@pytest.mark.parametrize(("content", "rows"), [*zip(SPREAD_OUT, OBJECTS, strict=True)], ids=range(len(OBJECTS)))
+def test_json_over_several_lines_in_other_ways(content, rows, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"is JSON over several lines, not JSON Lines\.") as caught:
         read_records([str(path)])
-    assert caught.value.do == f"jq -c . {path} > {tmp_path}/data.new.jsonl"
+    assert caught.value.do == f"jq -c {rows} {path} > {tmp_path}/data.new.jsonl"
 
 
-BAD_FIRST = [b'{"prompt": "a", "completion": \n', b"prose, with commas\n", b'{"prompt": "\xff"}\n']
+def test_arrays_on_lines_are_told_apart_and_a_remedy_names_the_file_that_is_meant(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    remedies = {
+        b'["a", "b"]\n["c", "d"]\n': "{prompt: .[0], completion: .[1]}",
+        b'[{"role": "user", "content": "a"}]\n' * 2: "{messages: .}",
+        b'[{"prompt": "a"}]\n' * 2: ".[]",
+    }
+    for content, rows in remedies.items():
+        (tmp_path / "d.csv").write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            read_records(["~/d.csv"])
+        assert caught.value.do == f"jq -c '{rows}' {tmp_path}/d.csv > {tmp_path}/d.new.jsonl"
+
+
+BAD_FIRST = [b'{"prompt": "a", "completion": \n', b"prose, with commas\n", b'{"prompt": "\xff"}\n', b"<p>\n"]
+BAD_FIRST += [b'{"prompt": "a", "completion": \n{"prompt": "' + b"a" * 70_000 + b'", "completion": "b"}\n']
 
 
 @pytest.mark.parametrize("first", BAD_FIRST)
