@@ -54,11 +54,11 @@ def copy_of_the_project() -> Iterator[Path]:
         yield copy
 
 
-def run_tests(copy: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
+def run_tests(copy: Path, tests: list[str], workers: int = 0) -> subprocess.CompletedProcess[str]:
     """pytest in the copy, up to the first test that fails. Raises RuntimeError when pytest itself fails."""
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "TMPDIR": str(copy.parent)}
     command = [PYTEST, "-x", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", IN_MAKE_TEST]
-    command += ["-o", OPTIONS]
+    command += ["-o", OPTIONS, "-n", str(workers), "--dist", "worksteal"]
     done = subprocess.run(
         [*command, *tests], cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
     )
@@ -90,7 +90,7 @@ def main(names: list[str]) -> int:
         return 2
     chosen = [fault for fault in faults if not names or fault.name in names]
     with copy_of_the_project() as copy:
-        sound = run_tests(copy, sorted({test for fault in chosen for test in fault.tests}))
+        sound = run_tests(copy, sorted({test for fault in chosen for test in fault.tests}), AT_ONCE)
     if sound.returncode != 0:
         sys.stdout.write(f"without a fault:\n{sound.stdout[-3000:]}")
         return 1
