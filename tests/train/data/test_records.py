@@ -257,7 +257,7 @@ FOREIGN = {
     "tab-separated columns": b"prompt\tcompletion\na\tb\n",
     "a page of HTML or XML": b"\n<!DOCTYPE html>\n<html><body>Log in</body></html>\n",
     "the pointer that git LFS keeps in place of a file": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-    "compressed with gzip": gzip.compress(ROW),
+    "compressed with gzip": gzip.compress(ROW, mtime=0),
     "compressed with zstd": b"\x28\xb5\x2f\xfd\x04\x58",
     "a zip archive, or an office document": b"PK\x03\x04\x14\x00",
     "a Parquet file": b"PAR1\x15\x04",
@@ -288,7 +288,7 @@ OTHERS = [
 @pytest.mark.parametrize(("kind", "content"), [*FOREIGN.items(), *OTHERS])
 def test_a_file_that_is_no_json_lines_is_named_once_for_what_it_is(kind, content, packed, tmp_path):
     path = tmp_path / ("my data.jsonl.gz" if packed else "my data.jsonl")
-    path.write_bytes(gzip.compress(content) if packed else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if packed else content)
     with pytest.raises(DataError) as caught:
         read_records([str(path)])
     assert caught.value.what == f"{path} is {kind}, not JSON Lines."
@@ -352,7 +352,7 @@ def test_a_pointer_under_the_name_of_a_packed_file_is_named(tmp_path):
 
 def test_a_damaged_gz_file_is_an_error(tmp_path):
     path = tmp_path / "data.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 50)[:-20])
+    path.write_bytes(gzip.compress(b'{"prompt": "a", "completion": "b"}\n' * 50, mtime=0)[:-20])
     with pytest.raises(DataError, match=r"data.jsonl.gz can't be read"):
         read_records([str(path)])
 
