@@ -71,6 +71,8 @@ def foreign_kind(head: bytes) -> tuple[str, str] | None:
         return None  # bad rows, each with its own fault
     if sign := _delimiter(text):
         return COLUMNS[sign], BY_DATASETS.format("csv", f", sep={sign!r}".replace("'", '"'))
+    if b"\n" not in text:  # one bad row, or one too long
+        return None
     return "binary data" if b"\0" in text else "text", "give a file with one JSON object a line."
 
 
