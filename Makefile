@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## fine-tune the support bot on two ranks, then ask it every question it should know
 	$(BIN)/python launch/demo.py
 
-test: $(INSTALLED)  ## the tests, in less than five minutes
+test: $(INSTALLED)  ## the tests
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not torture and not cluster and not gpu"
 
 test-slow: $(INSTALLED)  ## the wide matrices, which take longer

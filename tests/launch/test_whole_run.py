@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUICK = ("+exp=debug", "schedule.max_steps=4", "evaluate.every_steps=2", "checkpoint.every_steps=2", "data.preview=1")
+QUICK += ("evaluate.max_records=2", "evaluate.max_new_tokens=4", "batch.sequence_length=256", "data.truncate=drop")
 
 SHORT = (
     "+exp=debug",
@@ -30,6 +31,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in rows(run_dir) if "train/loss" in row}
 
 
+@pytest.mark.cold
 def test_a_run_leaves_everything(launch, tmp_path):
     done = launch("forked", "train", *QUICK, "output_dir=run")
     assert done.returncode == 0, done.stderr[-3000:]

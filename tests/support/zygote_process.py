@@ -33,6 +33,7 @@ HEAVY = (
         )
     ),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject", "torch.utils.cpp_extension", "peft"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
     *("pytest", "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2"),
 )
 REAPED_SECONDS = 0.5  # as a launcher, which looks now and then: until then the kernel knows how a rank ended

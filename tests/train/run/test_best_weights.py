@@ -1,7 +1,7 @@
 """What a run publishes is the weights of its best evaluation, bit for bit: not the last, and none a step later."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ def digests(tensors: dict[str, Any]) -> dict[str, str]:
 
 
 def published(rank: Any, overrides: list[str], run_dir: str, stop_after: list[int]) -> dict[str, Any]:
-    """On every rank: the weights after each step of a run, which is left and resumed, and those it leaves."""
+    """On every rank: the weights that were evaluated and those after each step of a run, which is left and resumed, and
+    those it leaves.
+    """
     from dataclasses import replace
 
     from safetensors.torch import load_file
@@ -26,7 +28,14 @@ def published(rank: Any, overrides: list[str], run_dir: str, stop_after: list[in
     from tunesmith.train.run.finish import finish
     from tunesmith.train.run.loop import Loop
 
-    script, after_step = iter(SCRIPT), {}
+    evaluated, after_step = {}, {}
+
+    def as_evaluated() -> Iterator[float]:
+        for figure in SCRIPT:
+            evaluated[loop.session.state.step] = live()
+            yield figure
+
+    script = as_evaluated()
     for limit in (*stop_after, NUM_STEPS):
         with rank.ready(overrides, run_dir) as (made, _):
             loop = Loop(replace(made.run, objective=ScriptedObjective(made, script)), made.session)
@@ -44,7 +53,7 @@ def published(rank: Any, overrides: list[str], run_dir: str, stop_after: list[in
                 finish(replace(loop.run, objective=made.run.objective), loop.session, loop.stop)
                 at_end = live()
     (file,) = Path(run_dir, "model").glob("*.safetensors")
-    return {"after_step": after_step, "at_end": at_end, "in_file": digests(load_file(file))}
+    return {"evaluated": evaluated, "after_step": after_step, "at_end": at_end, "in_file": digests(load_file(file))}
 
 
 @pytest.mark.parametrize(
@@ -70,5 +79,6 @@ def test_the_published_weights_are_those_of_the_best_evaluation(
     for found in ranks(world_size).run(published, **arguments):
         same = [int(step) for step, weights in found["after_step"].items() if weights == found["in_file"]]
         assert same == [BEST_STEP]
+        assert found["evaluated"][str(BEST_STEP)] == found["in_file"]
         assert found["at_end"] == found["in_file"]  # what answers the questions and is proven
         assert len(found["after_step"]) == NUM_STEPS
