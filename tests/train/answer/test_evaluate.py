@@ -64,6 +64,21 @@ def test_figures_are_those_of_a_plain_computation_for_any_batch_size_and_ranks(
             assert found == pytest.approx(expected, rel=2e-6)
 
 
+def evaluated_twice(rank, overrides):
+    """On a rank: two evaluations one after the other, the dropout they had, and whether the model trains on after them."""
+    with rank.ready(overrides) as (loop, _):
+        module = loop.session.engine.module
+        figures = [rank.evaluate(loop, 2) for _ in range(2)]
+        dropout = {part.p for name, part in module.named_modules() if "lora_dropout" in name and hasattr(part, "p")}
+        return {"same": figures[0] == figures[1], "trains": module.training, "dropout": sorted(dropout)}
+
+
+def test_an_evaluation_drops_nothing_and_training_goes_on_with_dropout(ranks, short_run, make_model):
+    model = make_model(attention_dropout=0.5)
+    overrides = short_run(0, 1, "adapter=lora", "adapter.dropout=0.25", model=model)
+    assert ranks(1).run(evaluated_twice, overrides=overrides) == [{"same": True, "trains": True, "dropout": [0.25]}]
+
+
 @pytest.mark.parametrize(("items", "batch", "world"), [(0, 4, 2), (1, 4, 2), (7, 2, 3), (8, 4, 2), (9, 4, 2)])
 def test_every_item_goes_to_one_rank_and_all_ranks_do_as_many_batches(items, batch, world):
     split = [rank_batches(items, batch, World(rank, world, rank, world)) for rank in range(world)]
