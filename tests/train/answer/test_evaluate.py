@@ -65,7 +65,7 @@ def test_figures_are_those_of_a_plain_computation_for_any_batch_size_and_ranks(
 
 
 def evaluated_twice(rank, overrides):
-    """On a rank: two evaluations one after the other, the dropout they had, and whether the model trains on after them."""
+    """On a rank: two evaluations one after the other, adapter.dropout there, and whether the model trains on."""
     with rank.ready(overrides) as (loop, _):
         module = loop.session.engine.module
         figures = [rank.evaluate(loop, 2) for _ in range(2)]
