@@ -114,6 +114,7 @@ def serve() -> None:
 if __name__ == "__main__":
     for name in HEAVY:
         importlib.import_module(name)
+    sys.modules["tunesmith.train.config.compose"].compose_config(["+exp=debug"])  # it keeps what files gave
     gc.freeze()  # or the children's collector copies every page
     tell(ready=True)
     serve()

@@ -5,6 +5,7 @@ what it returns is written as JSON to <answer>.<rank>.
 """
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -108,6 +109,7 @@ class Rank:
             yield loop, recorder
         finally:
             loop.close()
+            gc.freeze()  # the next run's collector need not look at what this one leaves
 
     def made(self, config: Config, folder: Path, reporter: Reporter) -> Run:
         """A run whose data is prepared.

@@ -7,8 +7,10 @@ import itertools
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cache, lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -58,6 +60,7 @@ class Composed:
             raise
 
 
+@cache
 def schema_keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of the schema with its type, groups included."""
     hints = get_type_hints(schema)
@@ -89,14 +92,44 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
 
 def compose_tree(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """What Hydra makes of the yaml files and overrides; values that are still missing read ???."""
-    ConfigStore.instance().store(name="schema", node=Config)
     arguments = [hydra_form(admit_raw_key(override)) for override in overrides]
     if config_dir:
         Plugins.instance().register(OwnFiles)
-        arguments.append(f"hydra.searchpath=[{quoted(f'{OwnFiles.scheme()}://{config_dir}')}]")
+        return _composed([*arguments, f"hydra.searchpath=[{quoted(f'{OwnFiles.scheme()}://{config_dir}')}]"])
+    choices, settings = list[str](), list[Override]()
+    try:  # settings change what the choices of groups gave: of many trials, those are composed once
+        for text in arguments:
+            override = OverridesParser.create().parse_override(text)
+            is_setting = _is_setting(override.key_or_group) and not (override.is_add() and not override.is_force_add())
+            settings.append(override) if is_setting else choices.append(text)
+        tree = deepcopy(_shipped_tree(tuple(choices), _shipped_files()))
+        for override in settings:
+            forced = override.is_force_add()
+            OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=forced)
+        return tree
+    except (OmegaConfBaseException, HydraException):
+        return _composed(arguments)  # which says what is wrong, and of which override
+
+
+def _is_setting(key: str) -> bool:
+    return below_raw_key(key) or (key in schema_keys() and not is_dataclass(schema_keys()[key]))
+
+
+@lru_cache(maxsize=32)
+def _shipped_tree(choices: tuple[str, ...], files: tuple[tuple[str, int], ...]) -> DictConfig:
+    return _composed(choices)
+
+
+def _shipped_files() -> tuple[tuple[str, int], ...]:
+    """The yaml files of the shipped conf/ and when each was last written."""
+    return tuple((str(path), path.stat().st_mtime_ns) for path in sorted(CONF_DIR.rglob("*.yaml")))
+
+
+def _composed(arguments: Sequence[str]) -> DictConfig:
+    ConfigStore.instance().store(name="schema", node=Config)
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="tunesmith"):
-        return compose("config", arguments)
+        return compose("config", list(arguments))
 
 
 def load_resolved(path: Path) -> Config:
@@ -153,7 +186,6 @@ def below_raw_key(key: str) -> bool:
 
 def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
     """Raises ConfigError for the first override that names no key, no group, or no option of its group."""
-    keys = schema_keys()
     experiments = [text for text in overrides if text.startswith("+exp=")]
     if len(experiments) > 1:
         raise ConfigError(
@@ -165,8 +197,7 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
         override = parse_override(text)
         key, at = override.key_or_group, f"command line: {one_line(text)}"
         options = group_options(key, folders)
-        is_setting = below_raw_key(key) or (key in keys and not is_dataclass(keys[key]))
-        if not is_setting and not options:
+        if not _is_setting(key) and not options:
             raise _unknown_key(key, at, folders)
         if override.is_delete():
             raise ConfigError(f"{key} cannot be removed.", at=at, do=f"give it another value: {key}=<value>.")
@@ -174,7 +205,7 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
             raise ConfigError(
                 f"{text} gives several values to one run.", at=at, do="give one; a list is written [a,b]."
             )
-        if is_setting and override.is_add() and not override.is_force_add() and not below_raw_key(key):
+        if _is_setting(key) and override.is_add() and not override.is_force_add() and not below_raw_key(key):
             raise ConfigError(f"{key} exists already.", at=at, do=_without_plus(text))
         if options:
             _check_choice(text, override.value(), key, options)

@@ -1,15 +1,19 @@
 """Composition: every yaml that ships, every kind of mistake on the command line, and hostile values."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
+from tunesmith.train.config import compose
 from tunesmith.train.config.compose import (
     compose_config,
+    compose_tree,
     group_options,
     load_resolved,
     schema_keys,
@@ -41,6 +45,37 @@ def test_every_option_composes(group: str, option: str) -> None:
     assert {key: read_back[key] for key, value in written.items() if value != "???"} == {
         key: value for key, value in written.items() if value != "???"
     }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["+exp=debug", "seed=3", "optimizer.learning_rate=1e-3", "schedule.max_steps=null"],
+        ["model.name_or_path=/a b/é", "+exp=[debug,support_bot]", "adapter=lora", "adapter.r=4", "engine=zero3"],
+        ["adapter.target_modules=[q_proj,v_proj]", "adapter=lora", "adapter.target_modules=[]", "track.tags=[a,'b c']"],
+        ["output_dir=runs/${seed}", "track=none", "name='${model.name_or_path}'"],
+        ["engine.deepspeed.zero_optimization.round_robin_gradients=true", "++seed=8", "seed=7"],
+        ["engine.deepspeed={a: 1}", "engine.deepspeed.b=2", "engine.deepspeed={c: 3}"],
+    ],
+)
+def test_settings_on_a_tree_composed_before_give_what_hydra_gives(overrides: list[str]) -> None:
+    arguments = [compose.hydra_form(compose.admit_raw_key(override)) for override in overrides]
+    whole = compose._composed(arguments)
+    for _ in range(2):  # the second takes the tree that the first left
+        tree = compose_tree(overrides)
+        assert tree == whole
+        assert OmegaConf.is_struct(tree)
+        OmegaConf.update(tree, "batch.micro_batch_size", 77)
+
+
+def test_a_shipped_file_that_changes_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CONF_DIR, tmp_path / "conf")
+    monkeypatch.setattr(compose, "CONF_DIR", tmp_path / "conf")
+    assert compose_tree(["seed=1"]).schedule.kind == "cosine"
+    changed = tmp_path / "conf/schedule/cosine.yaml"
+    changed.write_text(changed.read_text().replace("cosine", "linear"))
+    assert compose_tree(["seed=1"]).schedule.kind == "linear"
 
 
 @pytest.mark.parametrize("option", group_options("model", [CONF_DIR]))
