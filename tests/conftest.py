@@ -1,7 +1,9 @@
 """What every test needs: tiny models and data; GPU tests say why they are skipped where there is none."""
 
+import gc
 import importlib.util
 import json
+import os
 import random
 import shutil
 import signal
@@ -10,6 +12,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests and their ranks share the cores
 
 import pytest
 import torch
@@ -42,6 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def happened(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """happened("found in 1.2 s") is a test's figure for the torture table."""
     return lambda text: record_property("happened", text)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # the collector need not look at what the imports made, again and again
 
 
 @pytest.hookimpl(trylast=True)  # after the order was shuffled

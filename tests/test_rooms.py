@@ -2,14 +2,12 @@
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-from matrices import covered
+from zygote import Zygote
 
 ROOT = Path(__file__).parents[1]
 # Each may import those before it. engine and optimizer are files, the others folders.
@@ -118,12 +116,9 @@ def test_a_library_is_at_home_in_its_rooms_only(library: str) -> None:
     assert not guests
 
 
-@pytest.mark.cold
-@pytest.mark.parametrize("module", covered(["answer.bot", "data.prepare", "run.run"], ["run.run"]))
-def test_deepspeed_is_imported_only_once_a_run_is_ready(module: str) -> None:
+def test_deepspeed_is_imported_only_once_a_run_is_ready(zygote: Zygote) -> None:
     """It takes seconds, and picks its accelerator while it is imported."""
-    code = f"import sys, tunesmith.train.{module}; sys.exit('deepspeed' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert zygote.imported_early == []
 
 
 def test_only_the_optimizers_file_knows_adamw() -> None:

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).with_name("scripts.py")
 LAUNCHERS = {
     "python": [],
-    "deepspeed": ["--num_gpus", "2", "--master_port"],
-    "torchrun": ["--nproc_per_node", "2", "--master_port"],
+    "deepspeed": ["--num_gpus", "RANKS", "--master_port", "PORT"],
+    "torchrun": ["--nproc_per_node", "RANKS", "--master_port", "PORT"],
 }
 
 
@@ -45,13 +45,16 @@ def launch(
     launch("forked", ...) is "python" in a process that has its imports done: a tenth of a second instead of ten.
     """
 
-    def call(launcher: str, script: str, *arguments: str, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    def call(
+        launcher: str, script: str, *arguments: str, ranks: int = 2, timeout: int = 240
+    ) -> subprocess.CompletedProcess[str]:
         if launcher == "forked":
             said = command(script, tmp_path, *arguments, timeout=timeout)
             return subprocess.CompletedProcess([script, *arguments], said["code"], said["stdout"], said["stderr"])
-        port = [str(free_port())] if LAUNCHERS[launcher] else []
+        values = {"RANKS": str(ranks), "PORT": str(free_port())}
+        options = [values.get(option, option) for option in LAUNCHERS[launcher]]
         program = [sys.executable] if launcher == "python" else [str(Path(sys.executable).with_name(launcher))]
-        line = [*program, *LAUNCHERS[launcher], *port, str(ROOT / "launch" / f"{script}.py"), *arguments]
+        line = [*program, *options, str(ROOT / "launch" / f"{script}.py"), *arguments]
         assert shutil.which(line[0])
         return subprocess.run(
             line, cwd=tmp_path, env=launch_environment, capture_output=True, text=True, timeout=timeout, check=False

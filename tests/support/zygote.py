@@ -58,6 +58,7 @@ class Zygote:
             "XDG_CACHE_HOME": str(scratch / "cache"),
         }
         self._ready = threading.Event()
+        self.imported_early: list[str] = []  # libraries that come with a start, though they are needed later
         self._process = self._start()
         if not self._ready.wait(START_SECONDS):
             pytest.fail(f"the zygote does not start:\n{(scratch / 'zygote.log').read_text()[-3000:]}")
@@ -107,6 +108,7 @@ class Zygote:
         for line in process.stdout:
             news = json.loads(line)
             if "ready" in news:
+                self.imported_early = news["early"]
                 self._ready.set()
                 continue
             forked = self._forked[news["id"]]

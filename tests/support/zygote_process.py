@@ -1,7 +1,7 @@
 """A process that has imported torch, DeepSpeed and Tunesmith once, and forks a child for each task (see zygote.py).
 
 Each line of stdin is a task: {"id", "file", "function", "arguments", "env", "cwd", "stdin", "stdout", "stderr"}; the
-child calls function(**arguments) of the Python file. Lines of stdout say {"ready"}, and then what became of each child:
+child calls function(**arguments) of the Python file. Lines of stdout say {"ready", "early"}, and then what became of each child:
 {"id", "pid"} at once, {"id", "code"} when it has ended; minus the signal that ended it.
 """
 
@@ -17,12 +17,11 @@ import tempfile
 import time
 from typing import Any
 
+BEFORE_DEEPSPEED = ("launch.train", "train.answer.bot", "train.data.prepare", "train.run.run")
 HEAVY = (
     *(
         f"tunesmith.{name}"
         for name in (
-            "launch.train",
-            "train.run.run",
             "train.run.finish",
             "train.run.loop",
             "train.run.setup",
@@ -112,9 +111,12 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    for name in BEFORE_DEEPSPEED:
+        importlib.import_module(f"tunesmith.{name}")
+    early = [name for name in ("deepspeed",) if name in sys.modules]
     for name in HEAVY:
         importlib.import_module(name)
     sys.modules["tunesmith.train.config.compose"].compose_config(["+exp=debug"])  # it keeps what files gave
     gc.freeze()  # or the children's collector copies every page
-    tell(ready=True)
+    tell(ready=True, early=early)
     serve()

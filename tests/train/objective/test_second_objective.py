@@ -83,7 +83,7 @@ def log_probabilities(rank: Any, overrides: list[str]) -> dict[str, Any]:
         }
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", covered([0, 3], [3]))
 def test_log_probabilities_in_the_head_are_those_of_whole_logits(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, stage: int
 ) -> None:

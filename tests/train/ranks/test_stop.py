@@ -109,7 +109,7 @@ def test_it_ends_at_once_whatever_it_is_doing(doing: str) -> None:
 
 
 def test_more_signals_change_nothing() -> None:
-    child = ready(start(process(BUSY["in C"])))
+    child = ready(start(process(BUSY["swallowing everything"])))
     for number in (*SIGNALS, *SIGNALS):
         child.send_signal(number)
         time.sleep(0.05)
@@ -212,7 +212,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_a_rank_whose_launcher_was_killed_ends(number: signal.Signals, started_by: Callable[..., tuple]) -> None:
-    parent, pid = started_by("torchrun", process(BUSY["in C"]))
+    parent, pid = started_by("torchrun", process(BUSY["swallowing everything"]))
     parent.send_signal(number)
     _, err = parent.communicate(timeout=20)  # its stderr is open for as long as the rank lives
     assert err == "the launcher has gone: ending before the first step; there is nothing to save\n"

@@ -8,8 +8,8 @@ import pytest
 from matrices import covered
 
 GLOBAL_BATCH = 8
-NUM_STEPS = 30
-NUM_RECORDS, EPOCHS = 47, 5  # 235 sequences: 29 global batches of 8 and one of 3
+NUM_STEPS = 13
+NUM_RECORDS, EPOCHS = 33, 3  # 99 sequences: 12 global batches of 8 and one of 3
 WARMUP_STEPS = 3
 LEARNING_RATES = {"none": 3e-3, "lora": 5e-3}
 MAX_GRAD_NORM = 1.0
@@ -108,7 +108,7 @@ def test_the_loss_curve_does_not_depend_on_the_split(
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_the_reference_curve_learns_and_is_clipped(curve_of: CurveOf, adapter: str) -> None:
     reference = curve_of(1, 0, 1, adapter)
-    assert reference["losses"][-1] < reference["losses"][0] - 1.5
+    assert reference["losses"][-1] < reference["losses"][0] - 0.7
     assert min(reference["norms"]) > MAX_GRAD_NORM  # every step is clipped
     assert all(norm > 0.01 for norm in reference["lora_b"])
     assert bool(reference["lora_b"]) == (adapter == "lora")
