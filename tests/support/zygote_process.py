@@ -1,8 +1,8 @@
 """A process that has imported torch, DeepSpeed and Tunesmith once, and forks a child for each task (see zygote.py).
 
 Each line of stdin is a task: {"id", "file", "function", "arguments", "env", "cwd", "stdin", "stdout", "stderr"}; the
-child calls function(**arguments) of the Python file. Lines of stdout say {"ready", "early"}, and then what became of each child:
-{"id", "pid"} at once, {"id", "code"} when it has ended; minus the signal that ended it.
+child calls function(**arguments) of the Python file. Lines of stdout say {"ready", "early"}, and then what became of
+each child: {"id", "pid"} at once, {"id", "code"} when it has ended; minus the signal that ended it.
 """
 
 import gc
