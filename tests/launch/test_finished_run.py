@@ -14,6 +14,7 @@ from tunesmith.train.run.summary import end_rows
 
 ROWS = '{"prompt": "How do I log in?", "completion": "With your e-mail."}\n'
 FOLDER = "l'été (1), a=b [2] $HOME"  # as people call them
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}</s>{% endfor %}"
 DATA = (f"data.train={FOLDER}/données (1).jsonl", f"data.cache_dir={FOLDER}/~cache", "data.validation=[]")
 SMALL = ("+exp=debug", "evaluate.every_steps=null", "evaluate.generate=false", "batch.sequence_length=128")
 SETTINGS = (*SMALL, *DATA, "schedule.max_steps=1")
@@ -28,6 +29,7 @@ def again(command: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     (root / FOLDER).mkdir()
     (root / FOLDER / "données (1).jsonl").write_text(ROWS)
     (root / "other.jsonl").write_text(ROWS * 2)
+    (root / "other.jinja").write_text(TEMPLATE)
     start = partial(command, "train", root, *SETTINGS, *NO_CHECKPOINT, f"output_dir={FOLDER}/it's done")
     first = start()
     assert first["code"] == 0, first["stderr"]
@@ -37,7 +39,9 @@ def again(command: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 DIFFERENCES = {
     "seed=1": "seed: was 0, is 1",
     "optimizer.learning_rate=3e-4": "optimizer.learning_rate: was ",
-    "data.train=other.jsonl": "data: was ",
+    "data.train=other.jsonl": "data: the content of data.train was ",
+    "data.truncate=drop": "data: data.truncate was error, is drop",
+    "data.chat_template=other.jinja": "data: the chat template was ",
     "adapter.r=4": "adapter.r: was 2, is 4",
     "model.revision=other": "base_weights: was ",
     "schedule.max_steps=2": "schedule.max_steps: was 1, is 2",

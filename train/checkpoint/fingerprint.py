@@ -27,8 +27,8 @@ NOTED = {"schedule.epochs", "schedule.max_steps"}  # a finished run is extended 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes
 
 
-def identity(config: Config, world: World, data: str) -> Identity:
-    """What can be said before the model is loaded; base_weights come later. data: its fingerprint."""
+def identity(config: Config, world: World, data: str, parts: dict[str, str]) -> Identity:
+    """What can be said before the model is loaded; base_weights come later. data: its fingerprint, made of parts."""
     groups = {"adapter": config.adapter, "objective": config.objective, "optimizer": config.optimizer}
     values: dict[str, Any] = {
         "data": data,
@@ -46,12 +46,13 @@ def identity(config: Config, world: World, data: str) -> Identity:
         noted=plain({name: values[name] for name in sorted(NOTED)}),
         world_size=world.world_size,
         layout=plain(universal.layout(config, world.world_size)),
+        data=parts,
     )
 
 
-def of_finished(config: Config, world: World, data: str) -> Identity:
+def of_finished(config: Config, world: World, data: str, parts: dict[str, str]) -> Identity:
     """As identity(), for summary.json: the base model by its name, which is compared without loading any weights."""
-    current = identity(config, world, data)
+    current = identity(config, world, data, parts)
     if config.adapter.kind is AdapterKind.none:
         return current
     base = {"name_or_path": config.model.name_or_path, "revision": config.model.revision}
@@ -89,7 +90,11 @@ def compare_finished(saved: Identity, current: Identity, allow: list[str], run_d
 
 def _different(saved: Identity, current: Identity) -> dict[str, str]:
     both = [(key, saved.fingerprint.get(key, default_of(key)), now) for key, now in current.fingerprint.items()]
-    return {key: f"{key}: was {was}, is {now}" for key, was, now in both if was != now}
+    different = {key: f"{key}: was {was}, is {now}" for key, was, now in both if was != now}
+    parts = [(name, was, current.data.get(name, "none")) for name, was in saved.data.items()]
+    if "data" in different and (named := [f"{name} was {was}, is {now}" for name, was, now in parts if was != now]):
+        different["data"] = f"data: {', and '.join(named)}"
+    return different
 
 
 def _steps_different(saved: Identity, current: Identity) -> dict[str, str]:

@@ -37,11 +37,25 @@ from tunesmith.train.data.sources import Source, find_sources
 from tunesmith.train.data.split_builder import SplitBuilder
 from tunesmith.train.data.store import TokenStore
 from tunesmith.train.errors import DataError
+from tunesmith.train.files.manifest import plain
 from tunesmith.train.paths import resolve_path
 from tunesmith.train.ranks.distributed import broadcast_text, first_problem, world_from_environment
 
 FORMAT_VERSION = 2  # raise it when the same input gives other arrays
 CHUNK = 1000  # records rendered and tokenised together
+# What of _settings() no other name of a run's identity says, in a user's words.
+PARTS = {
+    "format": "the format of prepared data",
+    "versions": "transformers and tokenizers",
+    "tokenizer": "the tokenizer",
+    "special_tokens": "the special tokens",
+    "chat_template": "the chat template",
+    "validation_fraction": "data.validation_fraction",
+    "truncate": "data.truncate",
+    "objective": "the objective's code",
+    "train": "the content of data.train",
+    "validation": "the content of data.validation",
+}
 
 __all__ = ["DataReport", "PreparedData", "Question", "SplitReport", "prepare"]
 
@@ -55,6 +69,7 @@ class PreparedData:
     questions: list[Question]  # of the validation split
     report: DataReport
     fingerprint: str  # of everything the arrays depend on
+    parts: dict[str, str]  # what it is made of: name -> a short value or a digest; empty for data of before 2026-12
     _read_train_questions: Callable[[], list[Question]] = field(repr=False)
 
     def train_questions(self) -> list[Question]:
@@ -75,9 +90,13 @@ def prepare(
 
     def plan() -> tuple[str, Callable[[Path], None]]:
         train, validation = (_pinned(names) for names in (config.data.train_sources, config.data.validation_sources))
-        return _key(settings, train, validation), lambda empty: _build(
-            empty, train, validation, config, tokenizer, objective, show
-        )
+        content = _content(settings, train, validation)
+
+        def build(empty: Path) -> None:
+            _build(empty, train, validation, config, tokenizer, objective, show)
+            (empty / "parts.json").write_bytes(orjson.dumps(_parts(content)))
+
+        return _hash(content), build
 
     places = [[_place(name) for name in split] for split in (config.data.train_sources, config.data.validation_sources)]
     folder = open_or_build(
@@ -93,14 +112,18 @@ def prepare(
         questions=read_questions(folder / "validation/questions.jsonl", tokenizer) if has_validation else [],
         report=DataReport.from_dict(orjson.loads((folder / "report.json").read_bytes())),
         fingerprint=folder.name,
+        parts=orjson.loads(parts.read_bytes()) if (parts := folder / "parts.json").is_file() else {},
         _read_train_questions=lambda: read_questions(folder / "train/questions.jsonl", tokenizer),
     )
 
 
-def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples) -> str:
-    """What prepare() gives for the data as it is now, without preparing it: the sources are digested."""
+def fingerprint(
+    config: Config, tokenizer: PreTrainedTokenizerBase, objective: MakesExamples
+) -> tuple[str, dict[str, str]]:
+    """The fingerprint of the data as it is now and its parts, without preparing it: the sources are digested."""
     sources = (_pinned(names) for names in (config.data.train_sources, config.data.validation_sources))
-    return _key(_settings(config, tokenizer, objective), *sources)
+    content = _content(_settings(config, tokenizer, objective), *sources)
+    return _hash(content), _parts(content)
 
 
 def check_same_data(fingerprint: str, device: torch.device) -> None:
@@ -136,9 +159,14 @@ def _settings(config: Config, tokenizer: PreTrainedTokenizerBase, objective: Mak
     return parts
 
 
-def _key(settings: dict[str, Any], train: list[Source], validation: list[Source]) -> str:
+def _content(settings: dict[str, Any], train: list[Source], validation: list[Source]) -> dict[str, Any]:
     content = [[(source.name, source.expected) for source in split] for split in (train, validation)]
-    return _hash({**settings, "train": content[0], "validation": content[1]})
+    return {**settings, "train": content[0], "validation": content[1]}
+
+
+def _parts(content: dict[str, Any]) -> dict[str, str]:
+    written = {name: str(plain(content[key])) for key, name in PARTS.items() if key in content}
+    return {name: text if len(text) <= 40 else _hash({name: text})[:8] for name, text in written.items()}
 
 
 def _hash(parts: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,11 +35,12 @@ class Identity:
     noted: dict[str, Any]  # settings that may change, with a line that says so
     world_size: int
     layout: dict[str, Any]  # all that decides how the engine's files are cut (zero/universal.py)
+    data: dict[str, str] = field(default_factory=dict)  # what the data's fingerprint is made of, to say what differs
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "Identity":
-        """As it was written with asdict(). Raises KeyError, TypeError."""
-        return cls(**{field.name: tree[field.name] for field in fields(cls)})
+        """As it was written with asdict(), by this version or an older one. Raises KeyError, TypeError."""
+        return cls(**{it.name: tree[it.name] for it in fields(cls) if it.name in tree or it.default_factory is MISSING})
 
 
 @dataclass(frozen=True)

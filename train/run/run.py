@@ -119,15 +119,18 @@ def _say_finished(
         data = _data_of_finished(composed, device, run_dir)
         if data is None:
             notes.append("the data of that run is not there any more, and was not compared")
-        current = fingerprint.of_finished(config, world, data or saved.fingerprint["data"])
+        now = data or (saved.fingerprint["data"], saved.data)
+        current = fingerprint.of_finished(config, world, *now)
         fingerprint.check_allowed(config.resume.allow, current)
         notes += fingerprint.compare_finished(saved, current, config.resume.allow, run_dir)
     for line in [*notes, f"{run_dir} is already finished; another output_dir starts another run."]:
         Console().print(line)
 
 
-def _data_of_finished(composed: Composed, device: torch.device, run_dir: Path) -> str | None:
-    """The fingerprint of the data as it is now; None where the run's own data has gone, as staged data does."""
+def _data_of_finished(composed: Composed, device: torch.device, run_dir: Path) -> tuple[str, dict[str, str]] | None:
+    """The fingerprint and its parts of the data as it is now; None where the run's own data has gone, as staged data
+    does.
+    """
     config = composed.config
     _settle_packing(composed, device, lambda text: None)
     tokenizer = load_tokenizer(config.model, config.data)

@@ -107,7 +107,7 @@ def open_session(run: Run) -> Session:
     Every rank calls it, after the ranks have met. Raises TunesmithError, with no run folder left behind.
     """
     config, world, device, reporter = run.config, run.world, run.device, run.reporter
-    identity = fingerprint.identity(config, world, run.data.fingerprint)
+    identity = fingerprint.identity(config, world, run.data.fingerprint, run.data.parts)
     fingerprint.check_allowed(config.resume.allow, identity)
     reporter.phase(Phase.finding_checkpoint)
     found = checkpoint_find.choose(config.resume, run.run_dir, world, device, reporter.warn)

@@ -110,7 +110,7 @@ def summarise(run: Run, session: Session, *, evaluation: dict[str, float], proof
             "saved": proof,
         },
         "data": run.data.report.as_dict(),
-        "identity": asdict(fingerprint.of_finished(run.config, run.world, run.data.fingerprint)),
+        "identity": asdict(fingerprint.of_finished(run.config, run.world, run.data.fingerprint, run.data.parts)),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft", "triton")}
         | {"python": platform.python_version()},
     }

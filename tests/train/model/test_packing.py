@@ -142,7 +142,7 @@ def prepared(model: Path, records: Path, cache: Path, packing: str) -> tuple[str
     data = [f"data.train={records}", "data.validation=[]", f"data.cache_dir={cache}", "evaluate.every_steps=null"]
     composed = composed_of(model, f"batch.packing={packing}", *data)
     _, _, found = _prepare(composed, World(), CPU, Reporter(None))
-    identity = fingerprint.identity(composed.config, World(), found.fingerprint)
+    identity = fingerprint.identity(composed.config, World(), found.fingerprint, found.parts)
     return (found.fingerprint, identity.fingerprint, found.train.is_packed, yaml.safe_dump(composed.resolved["batch"]))
 
 
