@@ -8,6 +8,7 @@ cache. Nodes of one run have the same versions (watch/node_checks.py), so one ch
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from tunesmith.train.watch.node_facts import CODE, digest_of_code, versions
 TRIED = ({"deepspeed": "0.19.8", "torch": "2.13.0", "transformers": "5.23.0"},)
 COMMAND = [sys.executable, "-P", "-m", engine_check.__name__, "--quick"]
 MOST_SECONDS = 300.0  # it takes about ten
+WRONG = "they compute a wrong gradient"
 
 
 def check_versions(config: Config, world: World, device: torch.device, reporter: Reporter) -> None:
@@ -42,10 +44,12 @@ def check_versions(config: Config, world: World, device: torch.device, reporter:
     if not problem:
         return
     tried = " ".join(f"{name}=={version}" for name, version in TRIED[-1].items())
+    others = f"pip install {tried}; engine.check_versions=false trains unchecked."
+    by_hand = "" if problem.startswith(WRONG) else f"run {shlex.join(COMMAND)} to see why, and mend that; or "
     raise TrainingError(
         f"{_in_words(installed())} were never tried together, and {problem}.",
         at="the check of the engine on two ranks (train/run/engine_check.py)",
-        do=f"pip install {tried}; engine.check_versions=false trains unchecked.",
+        do=by_hand + others,
     )
 
 
@@ -96,7 +100,7 @@ def _run(most_seconds: float) -> tuple[str, str]:
                 os.killpg(process.pid, signal.SIGKILL)
     lines = said.splitlines()
     if process.returncode == engine_check.WRONG:
-        return f"they compute a wrong gradient: {lines[-2]}", ""
+        return f"{WRONG}: {lines[-2]}", ""
     if process.returncode:
         reason = ([line for line in wrong.splitlines() if line.strip()] or [f"exit code {process.returncode}"])[-1]
         return f"the check of their gradients failed: {' '.join(reason.split())[:300].rstrip('.')}", ""

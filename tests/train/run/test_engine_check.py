@@ -135,14 +135,17 @@ def test_a_wrong_gradient_is_refused_with_versions_place_and_remedy(
         assert "they compute a wrong gradient: ZeRO 2, accumulation 4, weights used once, fp32" in caught.value.what
         assert "off by 0.72 of its size (norm 1.547 for 2.154)" in caught.value.what
         assert caught.value.do is not None
+        assert "to see why" not in caught.value.do
         assert "pip install deepspeed==0.1 torch==0.2 transformers==0.3" in caught.value.do
     start(tmp_path, "engine.check_versions=false")
 
 
 def test_a_check_that_fails_is_no_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check_that_ends(monkeypatch, "import no_such_module")
-    with pytest.raises(TrainingError, match="failed: ModuleNotFoundError: No module named 'no_such_module'"):
+    with pytest.raises(TrainingError, match="failed: ModuleNotFoundError: No module named 'no_such_module'") as caught:
         start(tmp_path)
+    assert caught.value.do is not None
+    assert caught.value.do.startswith(f"run {sys.executable} -c 'import no_such_module' to see why, and mend that; or ")
     check_that_ends(monkeypatch, "import time; time.sleep(60)")
     monkeypatch.setattr(versions_check, "MOST_SECONDS", 0.1)
     with pytest.raises(TrainingError, match=r"was not done in 0.1 s"):
