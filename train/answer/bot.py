@@ -16,7 +16,7 @@ from tunesmith.train.data.template import visible_answer
 from tunesmith.train.data.tokenizer import open_tokenizer
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files import run_folder
-from tunesmith.train.model.load import open_model, quiet_transformers
+from tunesmith.train.model.load import num_positions, open_model, quiet_transformers
 from tunesmith.train.ranks.distributed import World
 
 
@@ -63,7 +63,7 @@ class Bot:
     def stream(self, messages: list[dict[str, Any]]) -> Iterator[str]:
         """The answer to a conversation, piece by piece as it is made."""
         ids = torch.tensor([encode_prompt(self.tokenizer, messages)], device=self.device)
-        positions = getattr(self.model.config, "max_position_embeddings", None) or ids.shape[1] + 1
+        positions = num_positions(self.model.config) or ids.shape[1] + 1
         if ids.shape[1] >= positions:
             raise ConfigError(
                 f"the conversation has {ids.shape[1]} tokens, the model has {positions} positions.",

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from tunesmith.train.data.order import rank_batches
 from tunesmith.train.data.prepare import Question
+from tunesmith.train.model.load import num_positions
 from tunesmith.train.ranks.distributed import World, gather_floats
 from tunesmith.train.zero.sharding import is_split
 
@@ -98,7 +99,7 @@ def own_generation_config_only(model: Any) -> Iterator[None]:
 
 def room_for(model: Any, prompt_tokens: int, max_new_tokens: int) -> int:
     """max_new_tokens, or fewer where the model has no more positions; at least one."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = num_positions(model.config)
     return max(1, min(max_new_tokens, positions - prompt_tokens)) if positions else max_new_tokens
 
 

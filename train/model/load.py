@@ -59,7 +59,7 @@ def check_model(config: Config) -> Any:
     """transformers' config of the model; reads no weights. Raises ModelError when it cannot be trained so."""
     hf_config = load_hf_config(config.model)
     check_index(Path(resolve_path(config.model.name_or_path)))
-    if config.batch.sequence_length > (limit := getattr(hf_config, "max_position_embeddings", None) or 2**62):
+    if config.batch.sequence_length > (limit := num_positions(hf_config) or 2**62):
         raise ModelError(
             f"sequence_length={config.batch.sequence_length} is beyond the {limit} positions of "
             f"{config.model.name_or_path}.",
@@ -67,6 +67,11 @@ def check_model(config: Config) -> Any:
             do=f"set batch.sequence_length to {limit} or less.",
         )
     return hf_config
+
+
+def num_positions(hf_config: Any) -> int | None:
+    """Tokens that a sequence may have, of a model that sees by its text part; None where there is no end."""
+    return getattr(hf_config.get_text_config(), "max_position_embeddings", None) or None
 
 
 def load_base(config: Config) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from tunesmith.train.answer.generate import answers, room_for
 from tunesmith.train.data.prepare import Question
@@ -88,5 +89,10 @@ def test_answers_are_the_arg_max_for_any_split(overrides, ranks):
 
 
 @pytest.mark.parametrize(("prompt", "wanted", "room"), [(10, 20, 20), (90, 20, 10), (99, 20, 1), (100, 20, 1)])
-def test_an_answer_ends_where_the_models_positions_do(prompt, wanted, room):
-    assert room_for(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=100)), prompt, wanted) == room
+@pytest.mark.parametrize("sees", [False, True])
+def test_an_answer_ends_where_the_models_positions_do(sees, prompt, wanted, room):
+    positions = {"max_position_embeddings": 100}
+    config = (
+        AutoConfig.for_model("gemma3", text_config=positions) if sees else AutoConfig.for_model("llama", **positions)
+    )
+    assert room_for(SimpleNamespace(config=config), prompt, wanted) == room
