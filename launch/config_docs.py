@@ -17,8 +17,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from tunesmith.launch.arguments import main
-from tunesmith.train.config.compose import SEARCH_SPACES, compose_tree, type_in_words
+from tunesmith.train.config.compose import SEARCH_SPACES, type_in_words
 from tunesmith.train.config.config import Config
+from tunesmith.train.config.tree import compose_tree
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.paths import CONF_DIR
 

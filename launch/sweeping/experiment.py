@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from tunesmith.launch.sweeping.plan import OWN_KEYS, SweepPlan
 from tunesmith.launch.sweeping.result import SweepResult
-from tunesmith.train.config.compose import compose_config, compose_tree, group_options
+from tunesmith.train.config.compose import compose_config, group_options
+from tunesmith.train.config.tree import compose_tree
 from tunesmith.train.files.durable import write_atomically
 from tunesmith.train.paths import CONF_DIR
 from tunesmith.train.track.console import figure

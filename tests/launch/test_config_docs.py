@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.launch import config_docs
-from tunesmith.train.config.compose import schema_keys
+from tunesmith.train.config.tree import schema_keys
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.paths import CONF_DIR
 

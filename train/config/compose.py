@@ -7,21 +7,15 @@ import itertools
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from enum import Enum
-from functools import cache, lru_cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -29,13 +23,13 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from tunesmith.train.config import yaml_text
 from tunesmith.train.config.config import Config
 from tunesmith.train.config.origins import Origins, one_line
-from tunesmith.train.config.override_text import hydra_form, quoted, typed
-from tunesmith.train.config.own_yaml import OwnFiles, check_option, check_own_folder, not_yaml
+from tunesmith.train.config.override_text import hydra_form, typed
+from tunesmith.train.config.own_yaml import check_option, check_own_folder, not_yaml
 from tunesmith.train.config.suggest import did_you_mean, suggest_key
+from tunesmith.train.config.tree import below_raw_key, compose_tree, is_setting, schema_keys
 from tunesmith.train.errors import ConfigError, TunesmithError
 from tunesmith.train.paths import CONF_DIR, user_path
 
-RAW_KEYS = ("engine.deepspeed", "objective.settings")  # any key may be set below them
 LONGEST_KEY = 200  # characters: Hydra looks for a file of that name, which the system lets have 255
 SEE_DOCS = "docs/config.md lists every setting."
 SEARCH_SPACES = "sweep"  # a folder of yaml files that launch/sweep.py reads, not a group of the config
@@ -60,19 +54,6 @@ class Composed:
             raise
 
 
-@cache
-def schema_keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the schema with its type, groups included."""
-    hints = get_type_hints(schema)
-    keys: dict[str, Any] = {}
-    for field in fields(schema):
-        key, hint = f"{prefix}{field.name}", hints[field.name]
-        keys[key] = hint
-        if is_dataclass(hint):
-            keys |= schema_keys(hint, f"{key}.")  # type: ignore[arg-type]
-    return keys
-
-
 def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> Composed:
     """Composes the shipped conf/ (and the user's config_dir, searched beside it) with the overrides.
 
@@ -88,48 +69,6 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
         composed = _to_config(compose_tree(overrides, own))
     composed.origins = origins
     return composed
-
-
-def compose_tree(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
-    """What Hydra makes of the yaml files and overrides; values that are still missing read ???."""
-    arguments = [hydra_form(admit_raw_key(override)) for override in overrides]
-    if config_dir:
-        Plugins.instance().register(OwnFiles)
-        return _composed([*arguments, f"hydra.searchpath=[{quoted(f'{OwnFiles.scheme()}://{config_dir}')}]"])
-    choices, settings = list[str](), list[Override]()
-    try:  # settings change what the choices of groups gave: of many trials, those are composed once
-        for text in arguments:
-            override = OverridesParser.create().parse_override(text)
-            is_setting = _is_setting(override.key_or_group) and not (override.is_add() and not override.is_force_add())
-            settings.append(override) if is_setting else choices.append(text)
-        tree = deepcopy(_shipped_tree(tuple(choices), _shipped_files()))
-        for override in settings:
-            forced = override.is_force_add()
-            OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=forced)
-        return tree
-    except (OmegaConfBaseException, HydraException):
-        return _composed(arguments)  # which says what is wrong, and of which override
-
-
-def _is_setting(key: str) -> bool:
-    return below_raw_key(key) or (key in schema_keys() and not is_dataclass(schema_keys()[key]))
-
-
-@lru_cache(maxsize=32)
-def _shipped_tree(choices: tuple[str, ...], files: tuple[tuple[str, int], ...]) -> DictConfig:
-    return _composed(choices)
-
-
-def _shipped_files() -> tuple[tuple[str, int], ...]:
-    """The yaml files of the shipped conf/ and when each was last written."""
-    return tuple((str(path), path.stat().st_mtime_ns) for path in sorted(CONF_DIR.rglob("*.yaml")))
-
-
-def _composed(arguments: Sequence[str]) -> DictConfig:
-    ConfigStore.instance().store(name="schema", node=Config)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="tunesmith"):
-        return compose("config", list(arguments))
 
 
 def load_resolved(path: Path) -> Config:
@@ -173,17 +112,6 @@ def _to_config(tree: DictConfig) -> Composed:
     return Composed(config=config, resolved=resolved)  # type: ignore[arg-type]
 
 
-def admit_raw_key(override: str) -> str:
-    """`engine.deepspeed.a.b=1` adds a key that the schema does not list, for which Hydra wants ++."""
-    is_raw = below_raw_key(override) or override.startswith(tuple(f"{key}={{" for key in RAW_KEYS))
-    return f"++{override}" if is_raw else override
-
-
-def below_raw_key(key: str) -> bool:
-    """Whether a key is below one of RAW_KEYS."""
-    return key.startswith(tuple(f"{raw_key}." for raw_key in RAW_KEYS))
-
-
 def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
     """Raises ConfigError for the first override that names no key, no group, or no option of its group."""
     experiments = [text for text in overrides if text.startswith("+exp=")]
@@ -197,7 +125,7 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
         override = parse_override(text)
         key, at = override.key_or_group, f"command line: {one_line(text)}"
         options = group_options(key, folders)
-        if not _is_setting(key) and not options:
+        if not is_setting(key) and not options:
             raise _unknown_key(key, at, folders)
         if override.is_delete():
             raise ConfigError(f"{key} cannot be removed.", at=at, do=f"give it another value: {key}=<value>.")
@@ -205,7 +133,7 @@ def _check_overrides(overrides: Sequence[str], folders: list[Path]) -> None:
             raise ConfigError(
                 f"{text} gives several values to one run.", at=at, do="give one; a list is written [a,b]."
             )
-        if _is_setting(key) and override.is_add() and not override.is_force_add() and not below_raw_key(key):
+        if is_setting(key) and override.is_add() and not override.is_force_add() and not below_raw_key(key):
             raise ConfigError(f"{key} exists already.", at=at, do=_without_plus(text))
         if options:
             _check_choice(text, override.value(), key, options)

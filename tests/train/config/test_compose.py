@@ -10,17 +10,17 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from tunesmith.train.config import compose
+from tunesmith.train.config import tree as trees
 from tunesmith.train.config.compose import (
     compose_config,
-    compose_tree,
     group_options,
     load_resolved,
-    schema_keys,
     type_in_words,
 )
 from tunesmith.train.config.config import Precision
 from tunesmith.train.config.origins import Origins, line_of_key
+from tunesmith.train.config.override_text import hydra_form
+from tunesmith.train.config.tree import admit_raw_key, compose_tree, schema_keys
 from tunesmith.train.errors import ConfigError, ModelError
 from tunesmith.train.paths import CONF_DIR
 
@@ -60,8 +60,8 @@ def test_every_option_composes(group: str, option: str) -> None:
     ],
 )
 def test_settings_on_a_tree_composed_before_give_what_hydra_gives(overrides: list[str]) -> None:
-    arguments = [compose.hydra_form(compose.admit_raw_key(override)) for override in overrides]
-    whole = compose._composed(arguments)
+    arguments = [hydra_form(admit_raw_key(override)) for override in overrides]
+    whole = trees._composed(arguments)
     for _ in range(2):  # the second takes the tree that the first left
         tree = compose_tree(overrides)
         assert tree == whole
@@ -71,7 +71,7 @@ def test_settings_on_a_tree_composed_before_give_what_hydra_gives(overrides: lis
 
 def test_a_shipped_file_that_changes_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(CONF_DIR, tmp_path / "conf")
-    monkeypatch.setattr(compose, "CONF_DIR", tmp_path / "conf")
+    monkeypatch.setattr(trees, "CONF_DIR", tmp_path / "conf")
     assert compose_tree(["seed=1"]).schedule.kind == "cosine"
     changed = tmp_path / "conf/schedule/cosine.yaml"
     changed.write_text(changed.read_text().replace("cosine", "linear"))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.train.config.compose import compose_config, schema_keys
+from tunesmith.train.config.compose import compose_config
 from tunesmith.train.config.config import Config
+from tunesmith.train.config.tree import schema_keys
 from tunesmith.train.errors import ConfigError
 
 RULES = [  # overrides; the last one is the key that is named; words of the problem; words of the remedy

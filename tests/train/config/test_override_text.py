@@ -10,9 +10,10 @@ import pytest
 from tunesmith.launch.supervise import with_output_dir
 from tunesmith.launch.sweeping.overrides import read_command_line
 from tunesmith.launch.sweeping.space import read_space
-from tunesmith.train.config.compose import compose_config, parse_override, schema_keys
+from tunesmith.train.config.compose import compose_config, parse_override
 from tunesmith.train.config.config import Config
 from tunesmith.train.config.override_text import PATHS, hydra_form, quoted, text_settings, typed
+from tunesmith.train.config.tree import schema_keys
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.paths import CONF_DIR, resolve_path, user_path
 

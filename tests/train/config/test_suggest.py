@@ -1,7 +1,7 @@
 import pytest
 
-from tunesmith.train.config.compose import schema_keys
 from tunesmith.train.config.suggest import PEERS, did_you_mean, suggest_key
+from tunesmith.train.config.tree import schema_keys
 
 KNOWN = [*schema_keys(), "exp"]
 
