@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 from matrices import covered
+from train_ranks import start_ranks
+from zygote import Zygote
 
 from tunesmith.launch.environment import free_port
 from tunesmith.train.ranks.launchers import launcher_of
@@ -138,20 +140,21 @@ def newest(folder: Path) -> int:
     return max(found, default=0)
 
 
+def train_on(zygote: Zygote, num_ranks: int, folder: Path) -> None:
+    """The same command to its end, on forked ranks."""
+    ranks = start_ranks(zygote, list(SMALL), cwd=folder, world_size=num_ranks).wait()
+    assert set(ranks.codes.values()) == {0}, ranks.said[-3000:]
+
+
 @pytest.fixture(scope="module")
-def alone(
-    launch_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], dict[int, float]]:
+def alone(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[int, float]]:
     """alone(2) is the losses of a run of two ranks that nothing happened to."""
     made: dict[int, dict[int, float]] = {}
 
     def run(num_ranks: int) -> dict[int, float]:
         if num_ranks not in made:
             folder = tmp_path_factory.mktemp("alone")
-            launcher = "python" if num_ranks == 1 else "torchrun"
-            subprocess.run(
-                command(launcher), cwd=folder, env=launch_environment, check=True, capture_output=True, timeout=200
-            )
+            train_on(zygote, num_ranks, folder)
             made[num_ranks] = losses(folder)
             assert sorted(made[num_ranks]) == list(range(1, NUM_STEPS + 1))
         return made[num_ranks]
@@ -172,13 +175,6 @@ def assert_stopped(job: Job, launcher: str, saved: int | None, code: int | None)
     if newest(job.folder):
         assert json.loads((job.folder / "run/summary.json").read_text())["status"] == "stopped"
         assert job.said.count("stopped at step") == 1
-
-
-def assert_goes_on(start: Callable[..., Job], launcher: str, alone: Callable[[int], dict[int, float]]) -> None:
-    job = start(launcher)
-    assert job.wait() == 0, job.said[-3000:]
-    assert losses(job.folder) == alone(RANKS[launcher])
-    assert json.loads((job.folder / "run/summary.json").read_text())["status"] == "finished"
 
 
 # A signal at a place that one rank reaches, and the last step then done. In the default set each signal, launcher and
@@ -212,7 +208,12 @@ MATRIX = [
     ],
 )
 def test_a_signal_to_one_rank_stops_the_run_and_the_same_command_goes_on_bitwise(
-    start: Callable[..., Job], alone: Callable[[int], dict[int, float]], launcher: str, number: str, place: str
+    start: Callable[..., Job],
+    alone: Callable[[int], dict[int, float]],
+    zygote: Zygote,
+    launcher: str,
+    number: str,
+    place: str,
 ) -> None:
     where, saved = next((where, saved) for name, where, saved in PLACES if name == place)
     rank = RANKS[launcher] - 1
@@ -222,7 +223,9 @@ def test_a_signal_to_one_rank_stops_the_run_and_the_same_command_goes_on_bitwise
     job = start(launcher, faults=faults)
     code = job.wait()
     assert_stopped(job, launcher, saved, code)
-    assert_goes_on(start, launcher, alone)
+    train_on(zygote, RANKS[launcher], job.folder)
+    assert losses(job.folder) == alone(RANKS[launcher])
+    assert json.loads((job.folder / "run/summary.json").read_text())["status"] == "finished"
 
 
 # Which process of the launcher is ended how. The exit code that a person then sees is the launcher's own affair.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-QUICK = ("+exp=debug", "schedule.max_steps=1", "evaluate.generate=false", "data.cache_dir=cache")
+QUICK = ("+exp=debug", "schedule.max_steps=1", "evaluate.generate=false", "data.cache_dir=cache", "data.validation=[]")
+QUICK += ("batch.sequence_length=256", "data.truncate=drop", "evaluate.every_steps=null")
 
 
 @pytest.mark.slow

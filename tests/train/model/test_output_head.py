@@ -255,7 +255,7 @@ def test_the_loss_curve_of_every_family_is_the_one_of_whole_logits(
     (found,) = ranks(1).run(train, overrides=[*common, "kernels=torch"])
     assert (found["in_head"], found["warnings"]) == (True, [])
     assert (expected["in_head"], expected["warnings"]) == (False, [])
-    assert expected["losses"][-1] < expected["losses"][0] - 0.1
+    assert expected["losses"][-1] < expected["losses"][0] - 0.05  # granite divides its logits by 8
     assert_same(found, expected)
 
 

@@ -4,18 +4,17 @@ import itertools
 import json
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matrices import covered
+from train_ranks import start_ranks
+from zygote import Zygote
 
-TRAIN = Path(__file__).parents[3] / "launch/train.py"
 NUM_STEPS = 11
+SLOWLY = {"TUNESMITH_FAULTS": "slow:phase=forward,step=0,last_step=100,seconds=0.05"}  # there is time to kill it
 ADAPTERS = {"none": ["adapter=none"], "lora": ["adapter=lora", "adapter.dropout=0.1"]}
 OverridesOf = Callable[..., list[str]]
 
@@ -69,14 +68,6 @@ def test_each_rank_and_each_forward_drops_others(
     assert len({found[name] for found in on_ranks for name in ("first", "second")}) == 4
 
 
-def start(overrides: list[str], environments: list[dict[str, str]], log: Path) -> list[subprocess.Popen[bytes]]:
-    with log.open("ab") as output:
-        return [
-            subprocess.Popen([sys.executable, str(TRAIN), *overrides], env=env, stdout=output, stderr=output)
-            for env in environments
-        ]
-
-
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """The training rows of metrics.jsonl, without a last one that was cut short."""
     path = run_dir / "metrics.jsonl"
@@ -84,18 +75,6 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [row for row in map(json.loads, lines) if "train/loss" in row]
-
-
-def kill_at(step: int, run_dir: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    """SIGKILL to every rank as soon as the step is in metrics.jsonl."""
-    deadline = time.monotonic() + 120
-    while not (found := rows(run_dir)) or found[-1]["step"] < step:
-        assert time.monotonic() < deadline, "the step was never reached"
-        assert all(process.poll() is None for process in processes), "a rank ended by itself"
-        time.sleep(0.005)
-    for process in processes:
-        process.send_signal(signal.SIGKILL)
-    assert [process.wait() for process in processes] == [-signal.SIGKILL] * len(processes)
 
 
 @pytest.mark.row(17)
@@ -113,23 +92,19 @@ def kill_at(step: int, run_dir: Path, processes: list[subprocess.Popen[bytes]]) 
     ],
 )
 def test_the_same_command_goes_on_bitwise_after_being_killed_twice(
-    ranks: Callable[[int], Any],
-    overrides_of: OverridesOf,
-    rank_environments: Callable[[int], list[dict[str, str]]],
-    tmp_path: Path,
-    stage: int,
-    adapter: str,
+    ranks: Callable[[int], Any], overrides_of: OverridesOf, zygote: Zygote, tmp_path: Path, stage: int, adapter: str
 ) -> None:
-    run_dir, log = tmp_path / "run", tmp_path / "log.txt"
+    run_dir = tmp_path / "run"
     overrides = overrides_of(stage, adapter, "cluster.device=cpu")
     alone = ranks(2).train_in_pieces(overrides=overrides, run_dir=str(tmp_path / "alone"), stop_after=[])[0]["losses"]
     lots = random.Random(stage)
-    for step in (lots.randint(4, 6), lots.randint(8, 12)):
-        processes = start([*overrides, f"output_dir={run_dir}"], rank_environments(2), log)
-        kill_at(step, run_dir, processes)
-    processes = start([*overrides, f"output_dir={run_dir}"], rank_environments(2), log)
-    ended = [process.wait(timeout=200) for process in processes]
-    assert ended == [0, 0], log.read_text(encoding="utf-8")[-3000:]
+    for step in (lots.randint(4, 6), lots.randint(8, NUM_STEPS - 2)):
+        job = start_ranks(zygote, [*overrides, f"output_dir={run_dir}"], cwd=tmp_path, env=SLOWLY)
+        job.wait_until(lambda step=step: bool(found := rows(run_dir)) and found[-1]["step"] >= step)
+        job.kill_all()
+        assert set(job.codes.values()) == {-signal.SIGKILL}
+    job = start_ranks(zygote, [*overrides, f"output_dir={run_dir}"], cwd=tmp_path).wait()
+    assert set(job.codes.values()) == {0}, job.said[-3000:]
     found = rows(run_dir)
     assert [row["step"] for row in found] == list(range(1, NUM_STEPS + 1))
     assert [row["train/loss"] for row in found] == alone
