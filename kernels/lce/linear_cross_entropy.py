@@ -219,5 +219,7 @@ def _scaled(
     if factor is None:
         return _spread(gradient.to(dtype), rows_N, num_rows)
     scaled = torch.empty_like(gradient, dtype=dtype)
-    torch.mul(gradient, factor.to(torch.promote_types(gradient.dtype, torch.float32)), out=scaled)
+    factor = factor.to(torch.promote_types(gradient.dtype, torch.float32))
+    factor = factor if factor.ndim else factor[None]  # a number in no dimension is rounded to the dtype of gradient
+    torch.mul(gradient, factor, out=scaled)
     return _spread(scaled, rows_N, num_rows)

@@ -293,3 +293,56 @@ def test_torch_compile_around_both_changes_no_gradient():
     tensors = hidden, unembed, torch.ones(4, D) / D, torch.ones(D, 4) / 4
     compiled = torch.compile(model, backend="aot_eager")
     assert worst(gradients(compiled, *tensors), gradients(model, *tensors)) <= LIMIT
+
+
+ARITHMETIC = (torch.ops.aten.mul, torch.ops.aten.mul_, torch.ops.aten.div, torch.ops.aten.div_, torch.ops.aten.add)
+
+
+class RoundedFactors(TorchDispatchMode):
+    """Notes each operation of a 16-bit tensor and a wider number in a tensor of no dimensions: torch's rules of
+    promotion give the result 16 bits, and on a GPU the number is rounded to them first (1/3 by 0.2 %).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [it for it in args if isinstance(it, torch.Tensor) and it.is_floating_point()]
+        narrow = any(it.dtype.itemsize == 2 and it.ndim for it in tensors)
+        if (
+            narrow
+            and any(it.dtype.itemsize > 2 and not it.ndim for it in tensors)
+            and func.overloadpacket in ARITHMETIC
+        ):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_no_factor_of_the_loss_is_rounded_to_16_bits(reduction: str, dtype: torch.dtype) -> None:
+    hidden, unembed, labels = loss_inputs(dtype)
+    bias, weights = torch.randn(V).to(dtype).requires_grad_(), torch.full((T,), 1e-6)
+    with RoundedFactors() as factors:
+        loss = linear_cross_entropy(
+            hidden.requires_grad_(),
+            unembed.requires_grad_(),
+            labels,
+            bias_V=bias,
+            weights_T=weights,
+            reduction=reduction,
+        )
+        loss.sum().backward(torch.tensor(1 / 3))
+    assert factors.found == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_factor_of_lora_is_rounded_to_16_bits(dtype: torch.dtype) -> None:
+    lots = torch.Generator().manual_seed(5)
+    x, weight, a, b = (torch.randn(*shape, generator=lots).to(dtype) for shape in ((6, 8), (5, 8), (2, 8), (5, 2)))
+    magnitude = (torch.rand(5, generator=lots) + 0.5).to(dtype)
+    with RoundedFactors() as factors:
+        lora_linear(*(it.requires_grad_() for it in (x, weight, a, b)), 1 / 3, dropout_p=0.1, seed=1).sum().backward()
+        dora_linear(*(it.requires_grad_() for it in (x, weight, a, b, magnitude)), 1 / 3).sum().backward()
+    assert factors.found == []
