@@ -240,7 +240,11 @@ CASES = {
         "resume=never",
     ),
     "a checkpoint of other data": Case(
-        ("resume.source={root}/run",), "data: the content of data.train was ", "{root}/run", "resume.allow=[data]", data=GOOD * 2
+        ("resume.source={root}/run",),
+        "data: the content of data.train was ",
+        "{root}/run",
+        "resume.allow=[data]",
+        data=GOOD * 2,
     ),
     "a checkpoint that was cut short": Case(
         ("resume.source={root}/cut",), "state.json has 1 bytes instead of", "{root}/cut", "another checkpoint"
