@@ -109,7 +109,6 @@ class Rank:
             yield loop, recorder
         finally:
             loop.close()
-            gc.freeze()  # the next run's collector need not look at what this one leaves
 
     def made(self, config: Config, folder: Path, reporter: Reporter) -> Run:
         """A run whose data is prepared.
@@ -199,3 +198,6 @@ def serve() -> None:
         staged = answer.with_suffix(".staged" + answer.suffix)
         staged.write_text(json.dumps(result), encoding="utf-8")
         os.replace(staged, answer)
+        del result
+        gc.collect()
+        gc.freeze()  # the next run's collector need not look at what this one leaves

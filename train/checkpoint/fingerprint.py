@@ -91,7 +91,7 @@ def compare_finished(saved: Identity, current: Identity, allow: list[str], run_d
 def _different(saved: Identity, current: Identity) -> dict[str, str]:
     both = [(key, saved.fingerprint.get(key, default_of(key)), now) for key, now in current.fingerprint.items()]
     different = {key: f"{key}: was {was}, is {now}" for key, was, now in both if was != now}
-    parts = [(name, was, current.data.get(name, "none")) for name, was in saved.data.items()]
+    parts = [(name, was, current.data[name]) for name, was in saved.data.items() if name in current.data]
     if "data" in different and (named := [f"{name} was {was}, is {now}" for name, was, now in parts if was != now]):
         different["data"] = f"data: {', and '.join(named)}"
     return different

@@ -48,19 +48,28 @@ def compose_tree(overrides: Sequence[str], config_dir: Path | None = None) -> Di
     if config_dir:
         Plugins.instance().register(OwnFiles)
         return _composed([*arguments, f"hydra.searchpath=[{quoted(f'{OwnFiles.scheme()}://{config_dir}')}]"])
-    choices, settings = list[str](), list[Override]()
     try:
-        for text in arguments:
-            override = OverridesParser.create().parse_override(text)
-            adds = override.is_add() and not override.is_force_add()  # which Hydra refuses
-            settings.append(override) if is_setting(override.key_or_group) and not adds else choices.append(text)
-        tree = deepcopy(_shipped_tree(tuple(choices), _shipped_files()))
-        for override in settings:
-            forced = override.is_force_add()
-            OmegaConf.update(tree, override.key_or_group, override.value(), merge=True, force_add=forced)
-        return tree
-    except (OmegaConfBaseException, HydraException):
-        return _composed(arguments)  # which says what is wrong, and of which override
+        parsed = [OverridesParser.create().parse_override(text) for text in arguments]
+        if all(map(_is_choice_or_setting, parsed)):
+            choices = tuple(text for text, it in zip(arguments, parsed, strict=True) if not is_setting(it.key_or_group))
+            tree = deepcopy(_shipped_tree(choices, _shipped_files()))
+            for it in parsed:
+                if is_setting(it.key_or_group):
+                    forced = it.is_force_add()
+                    OmegaConf.update(tree, it.key_or_group, it.value(), merge=True, force_add=forced)
+            return tree
+    except (OmegaConfBaseException, HydraException, OSError):
+        pass
+    return _composed(arguments)  # which also says what is wrong, and of which override
+
+
+def _is_choice_or_setting(override: Override) -> bool:
+    """Whether it is a plain option of a group, or a plain value of a setting."""
+    if override.package is not None or override.is_delete() or override.is_sweep_override():
+        return False
+    if is_setting(override.key_or_group):
+        return not override.is_add() or override.is_force_add()
+    return not isinstance(override.value(), dict)
 
 
 @lru_cache(maxsize=32)

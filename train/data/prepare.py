@@ -55,6 +55,8 @@ PARTS = {
     "objective": "the objective's code",
     "train": "the content of data.train",
     "validation": "the content of data.validation",
+    "train_names": "the list of data.train's files",
+    "validation_names": "the list of data.validation's files",
 }
 
 __all__ = ["DataReport", "PreparedData", "Question", "SplitReport", "prepare"]
@@ -165,8 +167,13 @@ def _content(settings: dict[str, Any], train: list[Source], validation: list[Sou
 
 
 def _parts(content: dict[str, Any]) -> dict[str, str]:
-    written = {name: str(plain(content[key])) for key, name in PARTS.items() if key in content}
-    return {name: text if len(text) <= 40 else _hash({name: text})[:8] for name, text in written.items()}
+    split = {name: [digest for _, digest in content[name]] for name in ("train", "validation")}
+    split |= {f"{name}_names": [file for file, _ in content[name]] for name in ("train", "validation")}
+    written = {name: str(plain((content | split)[key])) for key, name in PARTS.items() if key in content | split}
+    return {
+        name: text if len(text) <= 40 and text.isprintable() else _hash({name: text})[:8]
+        for name, text in written.items()
+    }
 
 
 def _hash(parts: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """A name -> a tokenizer with a chat template, an end-of-text token and a padding token."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tunesmith.train.config.config import DataConfig, ModelConfig
 from tunesmith.train.errors import ConfigError, ModelError
+from tunesmith.train.files.disk_errors import reason_of, remedy
 from tunesmith.train.paths import resolve_path
 
 # ChatML with the tokenizer's own eos token at the end of every turn: it needs no new token, so no embedding grows.
@@ -40,7 +42,7 @@ PADDING_NAMES = (
 def load_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with the chat template the run trains on set, so that saving it ships the template.
 
-    Raises: ModelError when it can't be loaded, is not a fast tokenizer, or has no eos token although the
+    Raises: ModelError when it can't be loaded or saved, is not a fast tokenizer, or has no eos token although the
         template needs one; ConfigError when data.chat_template is not a template.
     """
     tokenizer = _load(model)
@@ -56,6 +58,7 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerB
     _check_template(tokenizer, data.chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = _padding_token(tokenizer)
+    _check_savable(tokenizer, model.name_or_path)
     return tokenizer
 
 
@@ -139,6 +142,20 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, choice: str) -> None:
             f"the chat template can't render one question and its answer: {error}",
             key="data.chat_template",
             do="correct the .jinja file." if choice not in ("auto", "raw") else "give a .jinja file.",
+        ) from error
+
+
+def _check_savable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises ModelError when the finished model could not have the tokenizer beside it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="tunesmith-") as scratch:
+            tokenizer.save_pretrained(scratch)
+    except Exception as error:  # transformers, tokenizers and the file system have errors of their own
+        problem = reason_of(error)
+        raise ModelError(
+            f"the tokenizer of {name} cannot be saved, as it is beside the finished model: {problem}.",
+            at="model.name_or_path",
+            do=remedy(problem, "correct what its tokenizer_config.json or its chat templates say there."),
         ) from error
 
 

@@ -71,7 +71,7 @@ def check_model(config: Config) -> Any:
 
 def num_positions(hf_config: Any) -> int | None:
     """Tokens that a sequence may have, of a model that sees by its text part; None where there is no end."""
-    return getattr(hf_config.get_text_config(), "max_position_embeddings", None) or None
+    return getattr(hf_config.get_text_config(decoder=True), "max_position_embeddings", None) or None
 
 
 def load_base(config: Config) -> PreTrainedModel:

@@ -56,6 +56,9 @@ def test_every_option_composes(group: str, option: str) -> None:
         ["adapter.target_modules=[q_proj,v_proj]", "adapter=lora", "adapter.target_modules=[]", "track.tags=[a,'b c']"],
         ["output_dir=runs/${seed}", "track=none", "name='${model.name_or_path}'"],
         ["engine.deepspeed.zero_optimization.round_robin_gradients=true", "++seed=8", "seed=7"],
+        ["engine.deepspeed.a={x: 1}", "+engine.deepspeed.a={x: 2}"],
+        ["~seed=0", "name=x"],
+        ["batch.micro_batch_size=2", "batch={micro_batch_size: 4}"],
         ["engine.deepspeed={a: 1}", "engine.deepspeed.b=2", "engine.deepspeed={c: 3}"],
     ],
 )
@@ -64,7 +67,8 @@ def test_settings_on_a_tree_composed_before_give_what_hydra_gives(overrides: lis
     whole = trees._composed(arguments)
     for _ in range(2):  # the second takes the tree that the first left
         tree = compose_tree(overrides)
-        assert tree == whole
+        assert OmegaConf.to_container(tree) == OmegaConf.to_container(whole)
+        assert OmegaConf.get_type(tree, "engine") == OmegaConf.get_type(whole, "engine")
         assert OmegaConf.is_struct(tree)
         OmegaConf.update(tree, "batch.micro_batch_size", 77)
 
@@ -76,6 +80,14 @@ def test_a_shipped_file_that_changes_is_read_again(tmp_path: Path, monkeypatch: 
     changed = tmp_path / "conf/schedule/cosine.yaml"
     changed.write_text(changed.read_text().replace("cosine", "linear"))
     assert compose_tree(["seed=1"]).schedule.kind == "linear"
+    changed.with_name(".#cosine.yaml").symlink_to("me@host.123")  # as an editor does while it is open there
+    assert compose_tree(["seed=1"]).schedule.kind == "linear"
+
+
+@pytest.mark.parametrize("override", ["seed@foo=3", "objective.settings.k=1 +objective.settings.k=2"])
+def test_what_hydra_refuses_is_refused(override: str) -> None:
+    for _ in range(2):
+        assert error_of("model=tiny", "data=example", *override.split())
 
 
 @pytest.mark.parametrize("option", group_options("model", [CONF_DIR]))

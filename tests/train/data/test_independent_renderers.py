@@ -175,10 +175,10 @@ def test_the_cookbook_agrees(template, renderer, chat):
 
 @pytest.mark.parametrize(("pair", "expected"), OTHER_PROMPTS.items(), ids=[one for one, _ in OTHER_PROMPTS])
 def test_where_the_cookbook_asks_in_another_way(pair, expected):
-    tokenizer, _, theirs = cookbook(*pair, "two")
-    ids, mask = theirs[-1]
-    start, end = spans_of(mask)[-1]
-    assert f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:end])}".endswith(expected)
+    tokenizer, ours, theirs = cookbook(*pair, "two")
+    for (ids, mask), end_of_text in ((theirs[-1], expected), (ours[-1], OPENED[pair[0]])):
+        start, end = spans_of(mask)[-1]
+        assert f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:end])}".endswith(end_of_text)
 
 
 @pytest.mark.parametrize("chat", CHATS)
