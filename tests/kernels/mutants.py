@@ -133,8 +133,8 @@ LOSS_MUTANTS = [
         "float64 and torch-plain-sum",
         (
             "upstream gradient ignored",
-            "torch.mul(gradient, factor.to(",
-            "torch.mul(gradient, torch.ones_like(factor).to(",
+            "torch.mul(gradient, factor, out=scaled)",
+            "torch.mul(gradient, torch.ones_like(factor), out=scaled)",
         ),
         ("masked rows kept", "kept = labels_T != IGNORE_INDEX", "kept = torch.ones_like(labels_T, dtype=torch.bool)"),
         ("weights ignored", "loss_N = rows.nll * weights_N", "loss_N = rows.nll"),
