@@ -207,12 +207,12 @@ def _picked(trial: dict[Key, Block], asked: dict[Key, list[Block]]) -> Iterator[
 
 def _milliseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """Median time of each call, taking turns."""
-    on_gpu = device.type == "cuda"  # else under the interpreter, where a call takes seconds and nobody needs the pick
+    on_gpu = device.type == "cuda"  # else under the interpreter, where a call is slow and nobody needs the pick
     for _ in range(WARM_UP if on_gpu else 0):
         for call in calls:
             call()
     taken: list[list[Any]] = [[] for _ in calls]
-    for _ in range(ROUNDS if on_gpu else 1):
+    for _ in range(ROUNDS if on_gpu else 3):
         for call, times in zip(calls, taken, strict=True):
             if on_gpu:
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -176,10 +176,10 @@ def picked_loss(cache: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = pick([loss_workload(5, 24, 260, torch.float32, CPU, trainable=True)], CPU, Path(cache))
+            found = pick([loss_workload(5, 24, 500, torch.float32, CPU, trainable=True)], CPU, Path(cache))
         use_picks(picks_as_json(found, CPU), CPU)
         (choice,) = found.values()
-        hidden, unembed = torch.randn(3, 24), torch.randn(260, 24)
+        hidden, unembed = torch.randn(3, 24), torch.randn(500, 24)
         asked: dict[Any, Any] = {}
         blocks.asked = asked
         linear_cross_entropy(hidden, unembed, torch.tensor([1, 2, 3]), backend="triton")
