@@ -26,6 +26,7 @@ from tunesmith.train.model.packing import choose_packing
 from tunesmith.train.model.vocabulary import check_rows
 from tunesmith.train.objective.objective import Objective, make_objective
 from tunesmith.train.paths import user_path
+from tunesmith.train.profile.recorder import check as check_profile
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.phases import Phase
@@ -51,6 +52,7 @@ def run(composed: Composed) -> Path:
     deepspeed_config.check(config, world.world_size)
     _make_absolute(composed)
     device = distributed.choose_device(config.cluster.device, world)
+    check_profile(config.profile, device)
     kernels = choose_kernels(config, device)
     run_dir = run_folder.choose(config)
     run_folder.check_usable(run_dir, config.resume.source)

@@ -98,6 +98,11 @@ class Reporter:
             metrics = {"checkpoint/save_seconds": save_seconds, "checkpoint/stall_seconds": stall_seconds}
             self._tracker.log(step, metrics)
 
+    def profiled(self, step: int, metrics: dict[str, float]) -> None:
+        """A recorded step's figures."""
+        if self._tracker is not None:
+            self._tracker.log(step, dict(metrics))
+
     def phase(self, phase: Phase, step: int | None = None, *, words: str = "") -> None:
         """Every rank reaches the phase, and rank 0 shows it: in other words where some are given."""
         reach(phase, step)
