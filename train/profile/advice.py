@@ -48,7 +48,7 @@ def _data(profile: Profile, config: Config, fill: float) -> Iterator[Advice]:
     yield Advice(
         "data.cache_dir",
         "data.cache_dir=<a folder on a local disk>",
-        f"data wait is {share:.1%} of the step: the prepared tokens are read from {config.data.cache_dir}",
+        f"data wait is {share:.1%} of the step: prepared tokens are read from the cache as each step begins",
         _gain(wait, profile),
     )
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from tunesmith.train.profile.breakdown import Breakdown, RankTimes, break_down
+from tunesmith.train.profile.breakdown import Breakdown, RankTimes
 from tunesmith.train.profile.categories import Category, category_of
 from tunesmith.train.profile.ceilings import Ceilings
 from tunesmith.train.profile.costs import cost
@@ -61,7 +61,7 @@ class Profile:
     ranks: list[RankTimes]
 
 
-def analyse(trace: Trace, before: dict[str, int]) -> Analysis:
+def analyse(trace: Trace, breakdown: Breakdown, before: dict[str, int]) -> Analysis:
     """before: bytes on the device that outlive a step, by what they are for."""
     categories: dict[str, Row] = {name: Row(name, name) for name in Category}
     top: dict[tuple[str, str], Row] = {}
@@ -81,7 +81,7 @@ def analyse(trace: Trace, before: dict[str, int]) -> Analysis:
         row.seconds, row.count = row.seconds / steps, row.count / steps
         row.flops, row.num_bytes = row.flops / steps, row.num_bytes / steps
     return Analysis(
-        break_down(trace),
+        breakdown,
         sorted((row for row in categories.values() if row.count), key=lambda row: -row.seconds),
         sorted(top.values(), key=lambda row: -row.seconds)[:NUM_TOP],
         stalls(trace),

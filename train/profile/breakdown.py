@@ -7,7 +7,8 @@ from tunesmith.train.profile.trace import Kind, Trace
 from tunesmith.train.ranks.phases import Phase
 
 PARTS = ("forward", "backward", "optimizer", "communication", "copies", "data wait", "idle")
-COMPUTE = {Phase.forward: "forward", Phase.backward: "backward"}  # the rest of the device's work is the optimizer's
+BESIDE = {Kind.communication: "communication", Kind.copy: "copies"}
+COMPUTE = {"forward": "forward", "backward": "backward"}  # by phase; the rest is the optimizer's
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,11 @@ def break_down(trace: Trace) -> Breakdown:
     copying; waiting for data; idle.
     """
     window, count = trace.steps, 1e6 * max(1, len(trace.steps))
-    layers: dict[str, Intervals] = {part: [] for part in PARTS}
-    for part in ("forward", "backward", "optimizer"):
-        layers[part] = union(
-            (work.start, work.end)
-            for work in trace.works
-            if work.kind is Kind.compute and COMPUTE.get(Phase(work.phase) if work.phase else None, "optimizer") == part
-        )
-    layers["communication"] = union((w.start, w.end) for w in trace.works if w.kind is Kind.communication)
-    layers["copies"] = union((w.start, w.end) for w in trace.works if w.kind is Kind.copy)
+    gathered: dict[str, Intervals] = {part: [] for part in PARTS}
+    for work in trace.works:
+        part = BESIDE.get(work.kind) or COMPUTE.get(work.phase, "optimizer")
+        gathered[part].append((work.start, work.end))
+    layers = {part: union(intervals) for part, intervals in gathered.items()}
     layers["data wait"] = trace.phases.named(Phase.reading_data)
     layers["idle"] = window
     computing = union(part for name in ("forward", "backward", "optimizer") for part in layers[name])

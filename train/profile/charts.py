@@ -6,11 +6,13 @@ from html import escape
 
 from tunesmith.train.profile.analysis import Profile, Row
 from tunesmith.train.profile.breakdown import PARTS, RankTimes
+from tunesmith.train.profile.categories import Category
 from tunesmith.train.profile.memory import KINDS, Timeline
 
 WIDTH, HEIGHT = 560, 280
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 34
 
+CATEGORIES = tuple(Category)
 Value = tuple[str, float, str, str]  # name, size, CSS class of its colour, what is said of it
 
 
@@ -74,10 +76,9 @@ def roofline(profile: Profile) -> str:
     start = max(x.low, y.low / ceilings.bytes_per_second)
     roof[0] = (start, start * ceilings.bytes_per_second)
     line = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in roof)
-    names = [row.name for row in profile.analysis.categories]
     dots = "".join(
-        f'<g><title>{escape(row.name)}: {rate(row.flops_per_second, "FLOP/s")}, {row.flops / row.num_bytes:.3g} FLOPs '
-        f'a byte</title><circle class="c{names.index(row.name) % 9}" cx="{x(row.flops / row.num_bytes):.1f}" '
+        f"<g><title>{escape(row.name)}: {rate(row.flops_per_second, 'FLOP/s')}, {row.flops / row.num_bytes:.3g} FLOPs "
+        f'a byte</title><circle class="{color(CATEGORIES, row.name)}" cx="{x(row.flops / row.num_bytes):.1f}" '
         f'cy="{y(row.flops / row.seconds):.1f}" r="{4 + 10 * math.sqrt(row.seconds / profile.analysis.breakdown.step):.1f}'
         f'"/></g>'
         for row in points

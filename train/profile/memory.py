@@ -1,7 +1,7 @@
 """What the device's memory holds at each moment of the recorded steps.
 
 What was there before is known by name. What is allocated since is known by when: what the forward leaves for the
-backward are activations; what the backward leaves for the update are gradients; what ends in the phase it began in is
+backward are activations; what the backward leaves for the update are gradients, and the buckets they travel in; what ends in the phase it began in is
 a temporary.
 """
 
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from tunesmith.train.profile.trace import Trace
 from tunesmith.train.ranks.phases import Phase
 
-PARAMETERS, GRADIENTS, STATE, ACTIVATIONS, BATCHES, TEMPORARY, OTHER = KINDS = (
-    *("parameters", "gradients", "optimizer state", "activations", "batches", "temporary", "other"),
-)
+KINDS = ("parameters", "optimizer state", "gradients, buckets", "activations", "batches", "temporary", "other")
+PARAMETERS, STATE, GRADIENTS, ACTIVATIONS, BATCHES, TEMPORARY, OTHER = KINDS
 LEFT_BY = {
     Phase.reading_data: BATCHES,
     Phase.forward: ACTIVATIONS,

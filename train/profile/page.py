@@ -6,7 +6,7 @@ from tunesmith.train.profile import charts
 from tunesmith.train.profile.advice import Advice
 from tunesmith.train.profile.analysis import Profile, Row
 from tunesmith.train.profile.breakdown import PARTS, waiting_words
-from tunesmith.train.profile.charts import milli, rate, share_of, size
+from tunesmith.train.profile.charts import CATEGORIES, milli, rate, share_of, size
 from tunesmith.train.profile.memory import KINDS
 from tunesmith.train.track.report_html import STYLE
 
@@ -29,8 +29,8 @@ PROFILE_STYLE = (
 .bar text{fill:var(--ontop);font-size:12px}.bar .c6+text,.bar .c4+text{fill:var(--ink)}
 .pad{padding:16px 18px}.pad p{margin:10px 0 0;color:var(--soft);font-size:14px}
 table.wide td,table.wide th{width:auto;text-align:right;padding:7px 12px;white-space:nowrap}
-table.wide td:first-child,table.wide th:first-child,table.wide .left{text-align:left;white-space:normal}
-table.wide td:first-child{color:var(--ink)}
+table.wide td:first-child,table.wide th:first-child,table.wide .left{text-align:left}
+table.wide td:first-child,table.wide td code{white-space:normal;color:var(--ink)}
 th{font-weight:500;font-size:13px;color:var(--soft);border-bottom:1px solid var(--rule)}
 td.wide{width:56%!important}td.wide .bar,td.wide svg{height:20px}
 ol{margin:0;padding:0;list-style:none}
@@ -74,7 +74,7 @@ def tiles(profile: Profile) -> str:
     flops = sum(row.flops for row in analysis.categories)
     shown = [
         (milli(breakdown.step), "a step"),
-        (rate(flops / breakdown.step, "FLOP/s"), "of the whole step"),
+        (rate(flops / breakdown.step, ""), "FLOP/s of the whole step"),
         (f"{breakdown.share('data wait'):.1%}", "data wait"),
         (f"{breakdown.share('communication'):.1%}", "communication, not hidden"),
         (f"{breakdown.share('idle'):.1%}", "device idle"),
@@ -125,8 +125,7 @@ def figure(title: str, picture: str, keys: str) -> str:
 
 
 def roofline_keys(profile: Profile) -> str:
-    names = [row.name for row in profile.analysis.categories]
-    return charts.legend(names, [row.name for row in profile.analysis.categories if row.flops and row.num_bytes])
+    return charts.legend(CATEGORIES, [row.name for row in profile.analysis.categories if row.flops and row.num_bytes])
 
 
 def memory_html(profile: Profile) -> str:

@@ -16,7 +16,7 @@ from tunesmith.train.errors import ConfigError
 from tunesmith.train.files.durable import write_atomically
 from tunesmith.train.profile.advice import advise
 from tunesmith.train.profile.analysis import Profile, analyse
-from tunesmith.train.profile.breakdown import PARTS, break_down, rank_times, row_of
+from tunesmith.train.profile.breakdown import PARTS, Breakdown, break_down, rank_times, row_of
 from tunesmith.train.profile.ceilings import measure
 from tunesmith.train.profile.page import render
 from tunesmith.train.profile.ranges import Ranges
@@ -66,9 +66,7 @@ class TorchRecording:
     def __init__(self, device: torch.device, *, whole: bool, stacks: bool = False) -> None:
         self.on_gpu = device.type == "cuda"
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.on_gpu else [])
-        self._profile = profile(
-            activities=activities, record_shapes=whole, profile_memory=whole, with_stack=stacks
-        )
+        self._profile = profile(activities=activities, record_shapes=whole, profile_memory=whole, with_stack=stacks)
         self.ranges, self.started = Ranges(record_function), False
         self._profile.prepare_trace()
 
@@ -129,6 +127,7 @@ class Profiler:
         self._steps = range(0)  # that are being recorded
         self._before: dict[str, int] = {}
         self._positions = self._tokens = 0
+        self.is_done = False  # the steps of the page have been recorded
 
     def before_step(self, steps_done: int) -> None:
         """Called before each optimizer step, outside of what is timed."""
@@ -144,18 +143,18 @@ class Profiler:
             self._recording.start()
         self._recording.ranges.begin_step(step)
 
-    def after_step(self, steps_done: int) -> bool:
-        """Called after each optimizer step, on all ranks alike. True when the page has just been made."""
+    def after_step(self, steps_done: int) -> None:
+        """Called after each optimizer step, on all ranks alike."""
         if self._recording is None or steps_done < self._steps.start:
-            return False
+            return
         self._recording.ranges.end_step()
         if steps_done < self._steps[-1]:
-            return False
+            return
         recording, self._recording = self._recording, None
         recording.stop()
         if isinstance(recording, TorchRecording):
             self._evaluate(recording, steps_done)
-        return self._steps == self._page
+        self.is_done = self.is_done or self._steps == self._page
 
     def read(self, batches: list[Batch]) -> None:
         """What a step has of data."""
@@ -187,19 +186,21 @@ class Profiler:
 
     def _evaluate(self, recording: TorchRecording, step: int) -> None:
         content = recording.content()
-        trace = read_trace(orjson.loads(content)["traceEvents"], on_gpu=recording.on_gpu)
-        row = torch.tensor([row_of(break_down(trace))], dtype=torch.float64, device=self._device)
-        rows = gather_floats(row).tolist()
-        if self._steps != self._page:
+        is_page = self._steps == self._page
+        events = orjson.loads(content)["traceEvents"]
+        trace = read_trace(events, on_gpu=recording.on_gpu, whole=is_page and self._world.rank == 0)
+        breakdown = break_down(trace)
+        rows = gather_floats(torch.tensor([row_of(breakdown)], dtype=torch.float64, device=self._device)).tolist()
+        if not is_page:
             self._reporter.profiled(step, _metrics(rows))
         elif self._world.rank == 0:
-            self._write(content, trace, rows)
+            self._write(content, trace, breakdown, rows)
 
-    def _write(self, content: bytes, trace: Trace, rows: list[list[float]]) -> None:
+    def _write(self, content: bytes, trace: Trace, breakdown: Breakdown, rows: list[list[float]]) -> None:
         made = Profile(
             self._config.name,
             (self._steps[0], self._steps[-1]),
-            analyse(trace, self._before),
+            analyse(trace, breakdown, self._before),
             measure(self._device, self._config.engine.precision),
             rank_times(rows),
         )

@@ -87,15 +87,19 @@ class Trace:
         return any(start <= moment <= end for start, end in self.steps)
 
 
-def read_trace(events: list[dict[str, Any]], *, on_gpu: bool) -> Trace:
-    """traceEvents of a trace that was recorded with Ranges; what lies outside of its steps is left out."""
+def read_trace(events: list[dict[str, Any]], *, on_gpu: bool, whole: bool = True) -> Trace:
+    """traceEvents of a trace that was recorded with Ranges; what lies outside of its steps is left out.
+
+    whole: also which operation a GPU's work belongs to, which break_down() does not ask.
+    """
     trace = Trace(on_gpu)
     spans = [event for event in events if event.get("cat") == "user_annotation"]
     trace.steps = union(_ends(event) for event in spans if event["name"].startswith(STEP))
     trace.phases = Spans(
         (*_ends(event), event["name"].removeprefix(PHASE)) for event in spans if event["name"].startswith(PHASE)
     )
-    host = [event for event in events if event.get("ph") == "X" and event.get("cat") in ("cpu_op", "python_function")]
+    wanted = ("cpu_op", "python_function") if whole or not on_gpu else ()
+    host = [event for event in events if event.get("ph") == "X" and event.get("cat") in wanted]
     trace.ops = [op for op in _nested(host) if trace.in_steps(op.start)]
     calls = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver") and "dur" in event]
     trace.calls = [op for op in _within(calls, trace.ops) if trace.in_steps(op.start)]
@@ -121,7 +125,9 @@ def _op(event: dict[str, Any]) -> Op:
 def _nested(events: list[dict[str, Any]]) -> list[Op]:
     """Operations with their parents: on each thread, what began before and ends after."""
     found: list[Op] = []
-    open_ops: dict[Any, list[tuple[Op | None, float, str]]] = {}  # by thread: operation or none, its end, line of Python
+    open_ops: dict[
+        Any, list[tuple[Op | None, float, str]]
+    ] = {}  # by thread: operation or none, its end, line of Python
     for event in sorted(events, key=lambda event: (event["ts"], -event.get("dur", 0.0))):
         start, end = _ends(event)
         stack = open_ops.setdefault(event.get("tid"), [])

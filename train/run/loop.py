@@ -137,6 +137,12 @@ class Loop:
         self.session.checkpoints.settle()
         self.stop.end_if_asked()
 
+    def profile(self) -> None:
+        """The steps until the profile is made, and none after them. Raises TrainingError and Stopped."""
+        self.stop.begin()
+        while not self.profiler.is_done:
+            self.step()
+
     def step(self) -> Step | None:
         """One optimizer step, and the evaluation and the save that are due after it; None for one passed over.
 

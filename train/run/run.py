@@ -42,8 +42,11 @@ from tunesmith.train.watch.watchdog import Watchdog
 from tunesmith.train.zero import deepspeed_config
 
 
-def run(composed: Composed) -> Path:
-    """Trains and returns the run folder. Every rank calls it; raises TunesmithError for what the user can mend."""
+def run(composed: Composed, *, only_profile: bool = False) -> Path:
+    """Trains and returns the run folder. Every rank calls it; raises TunesmithError for what the user can mend.
+
+    only_profile: ends with the page of config.profile; there is no model.
+    """
     plan_faults()
     reach(Phase.starting, 0)
     config = composed.config
@@ -92,7 +95,7 @@ def run(composed: Composed) -> Path:
             kernels=kernels,
             reporter=reporter,
         )
-        train(composed, made, watchdog, nodes)
+        train(composed, made, watchdog, nodes, only_profile=only_profile)
         watchdog.leave()
     except Exception as error:
         if watchdog is None:

@@ -10,7 +10,7 @@ CONTAINERS = (list, tuple, set)
 
 
 def held_bytes(module: nn.Module, optimizer: Any, device: torch.device) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer state; memory that two tensors share counts once.
+    """Bytes of parameters, optimizer state, and gradients with the buckets they travel in; memory that two tensors share counts once.
 
     DeepSpeed's optimizers keep their parts in lists and dicts of many names: what is called a gradient is one, and all
     else beside the parameters is state, fp32 masters too.
@@ -30,7 +30,7 @@ def held_bytes(module: nn.Module, optimizer: Any, device: torch.device) -> dict[
     kept = list(_kept(optimizer, "", 0))
     return {
         "parameters": fresh(iter([*parameters, *_shards(parameters), *module.buffers()])),
-        "gradients": fresh(iter([p.grad for p in parameters if p.grad is not None]))
+        "gradients, buckets": fresh(iter([p.grad for p in parameters if p.grad is not None]))
         + fresh(tensor for name, tensor in kept if "grad" in name),
         "optimizer state": fresh(tensor for _, tensor in kept),
     }

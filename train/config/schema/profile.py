@@ -17,9 +17,7 @@ class ProfileConfig:
     nvtx: bool = False  # those steps are for nsys: NVTX ranges and the capture range instead of a page
 
     def __post_init__(self) -> None:
-        check_positive(
-            "profile", start_step=self.start_step, num_steps=self.num_steps, every_steps=self.every_steps
-        )
+        check_positive("profile", start_step=self.start_step, num_steps=self.num_steps, every_steps=self.every_steps)
         if self.nvtx and (self.start_step is None or self.every_steps is not None or self.stacks):
             raise ConfigError(
                 "profile.nvtx hands the steps from profile.start_step on to nsys, which cannot share the GPU's "
