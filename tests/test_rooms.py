@@ -25,9 +25,8 @@ ROOMS = (
         "profile",
         "watch",
         "zero",
-        "model",
     ),
-    *("objective", "optimizer", "engine", "checkpoint", "answer", "run"),
+    *("model", "objective", "optimizer", "engine", "checkpoint", "answer", "run"),
 )
 APART = {("answer", "checkpoint"), ("watch", "data"), ("objective", "track"), ("objective", "watch")}
 # Libraries that are at home in some rooms only.

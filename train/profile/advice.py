@@ -72,7 +72,7 @@ def _precision(profile: Profile, config: Config, fill: float) -> Iterator[Advice
         yield Advice(
             "engine.precision",
             "engine.precision=bf16",
-            f"matrix products take {1000 * gemm.seconds:.3g} ms of the step, and run {faster:.1f}x as fast in bf16 here",
+            f"matrix products take {1000 * gemm.seconds:.3g} ms of the step, and bf16 is {faster:.1f}x as fast here",
             _gain(gemm.seconds * (1 - 1 / faster), profile),
         )
 
@@ -103,9 +103,8 @@ def _micro_batch(profile: Profile, config: Config, fill: float) -> Iterator[Advi
 
 
 def _communication(profile: Profile, config: Config, fill: float) -> Iterator[Advice]:
-    exposed = profile.analysis.breakdown.parts["communication"]
-    share = profile.analysis.breakdown.share("communication")
-    stage = config.engine.stage
+    exposed = min(rank.parts["communication"] for rank in profile.ranks)  # the rest is waiting for the slowest rank
+    share, stage = exposed / profile.analysis.breakdown.step, config.engine.stage
     if len(profile.ranks) == 1:
         return
     if stage == 3 and _has_room(profile):
@@ -169,7 +168,7 @@ def _dropout(profile: Profile, config: Config, fill: float) -> Iterator[Advice]:
         yield Advice(
             "adapter.dropout",
             "adapter.dropout=0",
-            f"drawing and applying dropout takes {1000 * spent:.3g} ms of the step; without it another model is learned",
+            f"dropout takes {1000 * spent:.3g} ms of the step; without it another model is learned",
             _gain(spent, profile),
         )
 

@@ -94,6 +94,6 @@ def waiting_words(ranks: list[RankTimes]) -> str:
     more = {name: last.parts[name] - first.parts[name] for name in PARTS if name != "communication"}
     worst = max(more, key=lambda name: more[name])
     return (
-        f"Rank {first.rank} waits {1000 * first.waits:.3g} ms of a step ({first.waits / step:.1%}) for rank {last.rank}, "
-        f"which takes {1000 * more[worst]:.3g} ms longer in: {worst}."
+        f"Rank {first.rank} waits {1000 * first.waits:.3g} ms of a step ({first.waits / step:.1%}) for rank "
+        f"{last.rank}, which takes {1000 * more[worst]:.3g} ms longer in: {worst}."
     )

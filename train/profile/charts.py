@@ -76,12 +76,12 @@ def roofline(profile: Profile) -> str:
     start = max(x.low, y.low / ceilings.bytes_per_second)
     roof[0] = (start, start * ceilings.bytes_per_second)
     line = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in roof)
+    step = profile.analysis.breakdown.step
     dots = "".join(
-        f"<g><title>{escape(row.name)}: {rate(row.flops_per_second, 'FLOP/s')}, {row.flops / row.num_bytes:.3g} FLOPs "
-        f'a byte</title><circle class="{color(CATEGORIES, row.name)}" cx="{x(row.flops / row.num_bytes):.1f}" '
-        f'cy="{y(row.flops / row.seconds):.1f}" r="{4 + 10 * math.sqrt(row.seconds / profile.analysis.breakdown.step):.1f}'
-        f'"/></g>'
-        for row in points
+        f"<g><title>{escape(row.name)}: {rate(row.flops_per_second, 'FLOP/s')}, {a:.3g} FLOPs a byte</title>"
+        f'<circle class="{color(CATEGORIES, row.name)}" cx="{x(a):.1f}" cy="{y(b):.1f}" '
+        f'r="{4 + 10 * math.sqrt(row.seconds / step):.1f}"/></g>'
+        for row, a, b in zip(points, across, up, strict=True)
     )
     return svg(f'{x.axis("FLOPs a byte")}{y.rows("FLOP/s")}<path class="roof" d="M{line}"/>{dots}', "roofline")
 
@@ -198,4 +198,6 @@ def size(num_bytes: float) -> str:
 def share_of(row: Row, profile: Profile) -> str:
     """How near it comes to the ceiling that holds it back."""
     bound = row.bound(profile.ceilings)
-    return f"{bound / row.seconds:.0%}" if bound and row.seconds else "–"
+    if not bound or not row.seconds:
+        return "–"
+    return f"{bound / row.seconds:.0%}" if bound <= row.seconds else "in cache"

@@ -6,7 +6,7 @@ lengths that only the device knows.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from tunesmith.train.profile.trace import Op
 

@@ -1,8 +1,8 @@
 """What the device's memory holds at each moment of the recorded steps.
 
 What was there before is known by name. What is allocated since is known by when: what the forward leaves for the
-backward are activations; what the backward leaves for the update are gradients, and the buckets they travel in; what ends in the phase it began in is
-a temporary.
+backward are activations; what the backward leaves for the update are gradients, and the buckets they travel in; what
+ends in the phase it began in is a temporary.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ from tunesmith.train.ranks.phases import Phase
 
 KINDS = ("parameters", "optimizer state", "gradients, buckets", "activations", "batches", "temporary", "other")
 PARAMETERS, STATE, GRADIENTS, ACTIVATIONS, BATCHES, TEMPORARY, OTHER = KINDS
-LEFT_BY = {
+LEFT_BY: dict[str, str] = {
     Phase.reading_data: BATCHES,
     Phase.forward: ACTIVATIONS,
     Phase.backward: GRADIENTS,
@@ -68,7 +68,7 @@ def _changes(trace: Trace) -> list[tuple[float, str, int]]:
         if row.num_bytes > 0:
             name = trace.phases.name_at(row.moment)
             opened[row.address].append((len(changes), phase, name))
-            changes.append((row.moment, LEFT_BY.get(Phase(name), TEMPORARY) if name else TEMPORARY, row.num_bytes))
+            changes.append((row.moment, LEFT_BY.get(name, TEMPORARY), row.num_bytes))
         elif opened[row.address]:
             index, began_in, name = opened[row.address].pop()
             moment, kind, num_bytes = changes[index]

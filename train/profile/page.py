@@ -1,4 +1,4 @@
-"""profile.html: one file without any address in it, in the style of a run's report, light or dark as the reader's system is."""
+"""profile.html: one file without any address in it, in the style of a run's report."""
 
 from html import escape
 
@@ -51,8 +51,8 @@ def render(profile: Profile, advice: list[Advice]) -> str:
     first, last = profile.steps
     name, ceilings = escape(profile.name), profile.ceilings
     subtitle = (
-        f"steps {first:,} to {last:,}  ·  {escape(ceilings.device)}  ·  {escape(ceilings.dtype)}  ·  measured ceilings: "
-        f"{rate(ceilings.flops, 'FLOP/s')}, {rate(ceilings.bytes_per_second, 'B/s')}"
+        f"steps {first:,} to {last:,}  ·  {escape(ceilings.device)}  ·  {escape(ceilings.dtype)}  ·  "
+        f"measured ceilings: {rate(ceilings.flops, 'FLOP/s')}, {rate(ceilings.bytes_per_second, 'B/s')}"
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
@@ -162,7 +162,8 @@ def stalls_html(profile: Profile) -> str:
         return ""
     body = "".join(
         f"<tr><td><code>{escape(row.what)}</code></td><td class=left>{escape(row.phase)}</td>"
-        f"<td class=left><code>{escape(row.where)}</code></td><td>{row.count:.3g}</td><td>{1000 * row.seconds:.3g}</td></tr>"
+        f"<td class=left><code>{escape(row.where)}</code></td><td>{row.count:.3g}</td>"
+        f"<td>{1000 * row.seconds:.3g}</td></tr>"
         for row in rows
     )
     head = "<tr><th></th><th class=left>phase</th><th class=left>from</th><th>a step</th><th>ms a step</th></tr>"

@@ -7,13 +7,7 @@ from tunesmith.train.profile.trace import Op, Trace
 
 # They need a number of the device's to go on. On a CPU it is there at once; on a GPU each is a wait.
 SYNCING = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::masked_select"})
-WAITING = (
-    "cudaStreamSynchronize",
-    "cudaDeviceSynchronize",
-    "cudaEventSynchronize",
-    "cudaMemcpy",
-    "cuStreamSynchronize",
-)
+WAITING = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"})
 
 
 @dataclass(frozen=True)

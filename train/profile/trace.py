@@ -1,6 +1,6 @@
 """The trace of torch.profiler (Chrome's format) as a tree of operations and a list of what the device did.
 
-Microseconds, as in the file. On a GPU the device's work is kernels and copies; on a CPU it is the operations themselves.
+Microseconds, as in the file. On a GPU the device's work is kernels and copies, on a CPU the operations themselves.
 """
 
 import bisect
@@ -118,8 +118,8 @@ def _ends(event: dict[str, Any]) -> tuple[float, float]:
 def _op(event: dict[str, Any]) -> Op:
     args = event.get("args", {})
     start, end = _ends(event)
-    called = [args.get(name, []) for name in ("Input Dims", "Input type", "Concrete Inputs")]
-    return Op(event["name"], start, end, event.get("tid"), *called, own=end - start)
+    dims, types, values = (args.get(name, []) for name in ("Input Dims", "Input type", "Concrete Inputs"))
+    return Op(event["name"], start, end, event.get("tid"), dims, types, values, own=end - start)
 
 
 def _nested(events: list[dict[str, Any]]) -> list[Op]:

@@ -64,7 +64,7 @@ class Reporter:
     ) -> None:
         if self.console is None or self._tracker is None or self.throughput is None:
             return
-        self.throughput.add(step_seconds, step.tokens, step.target_tokens)
+        self.throughput.add(step_seconds, step.tokens, step.target_tokens, data_seconds=data_seconds)
         metrics: dict[str, float | None] = {
             "train/loss": step.loss,
             "train/grad_norm": step.grad_norm,

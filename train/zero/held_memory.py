@@ -10,7 +10,7 @@ CONTAINERS = (list, tuple, set)
 
 
 def held_bytes(module: nn.Module, optimizer: Any, device: torch.device) -> dict[str, int]:
-    """Bytes of parameters, optimizer state, and gradients with the buckets they travel in; memory that two tensors share counts once.
+    """Bytes of parameters, of optimizer state, and of gradients; memory that two tensors share counts once.
 
     DeepSpeed's optimizers keep their parts in lists and dicts of many names: what is called a gradient is one, and all
     else beside the parameters is state, fp32 masters too.
