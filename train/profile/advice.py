@@ -89,8 +89,9 @@ def _recompute(profile: Profile, config: Config, fill: float) -> Iterator[Advice
 
 
 def _micro_batch(profile: Profile, config: Config, fill: float) -> Iterator[Advice]:
-    """The host launches as much for a large micro batch as for a small one."""
+    """The host launches as much for a large micro batch as for a small one. Recording is the host's work too."""
     idle = sum(profile.analysis.breakdown.idle_in.get(phase, 0.0) for phase in ("forward", "backward"))
+    idle = max(0.0, idle - (profile.recording or 0.0))
     accumulation = config.batch.gradient_accumulation_steps(len(profile.ranks))
     if accumulation > 1 and _has_room(profile):
         yield Advice(

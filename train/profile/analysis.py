@@ -59,6 +59,7 @@ class Profile:
     analysis: Analysis
     ceilings: Ceilings
     ranks: list[RankTimes]
+    recording: float | None  # seconds that it has made a step longer; None where no other step was timed
 
 
 def analyse(trace: Trace, breakdown: Breakdown, before: dict[str, int]) -> Analysis:

@@ -93,7 +93,8 @@ def waiting_words(ranks: list[RankTimes]) -> str:
         return "No rank waits for another for 2 % of the step."
     more = {name: last.parts[name] - first.parts[name] for name in PARTS if name != "communication"}
     worst = max(more, key=lambda name: more[name])
+    where = "the host's own time" if worst == "idle" else worst
     return (
         f"Rank {first.rank} waits {1000 * first.waits:.3g} ms of a step ({first.waits / step:.1%}) for rank "
-        f"{last.rank}, which takes {1000 * more[worst]:.3g} ms longer in: {worst}."
+        f"{last.rank}, which takes {1000 * more[worst]:.3g} ms longer in: {where}."
     )

@@ -54,6 +54,8 @@ def render(profile: Profile, advice: list[Advice]) -> str:
         f"steps {first:,} to {last:,}  ·  {escape(ceilings.device)}  ·  {escape(ceilings.dtype)}  ·  "
         f"measured ceilings: {rate(ceilings.flops, 'FLOP/s')}, {rate(ceilings.bytes_per_second, 'B/s')}"
     )
+    if profile.recording is not None:
+        subtitle += f"  ·  recorded, a step takes {milli(profile.recording)} longer"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
@@ -91,7 +93,8 @@ def advice_html(advice: list[Advice]) -> str:
         for item in advice
     )
     none = '<div class="pad">No setting would make this step 2 % faster, as far as these figures tell.</div>'
-    return f'<h2>What to change</h2><div class="card">{f"<ol>{items}</ol>" if items else none}</div>'
+    body = f"<ol>{items}</ol>" if items else none
+    return f'<h2>What to change, with its gain at most</h2><div class="card">{body}</div>'
 
 
 def step_html(profile: Profile) -> str:

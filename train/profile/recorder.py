@@ -1,8 +1,13 @@
 """When a step is recorded, and what becomes of the recording. A step that is not costs a comparison of numbers."""
 
+import contextlib
+import gc
 import gzip
+import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,6 +107,21 @@ class NvtxRecording:
         torch.cuda.cudart().cudaProfilerStop()
 
 
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """While a trace's events are made, Python would look through all that a training holds, again and again.
+
+    It was two thirds of what a sample cost.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Profiler:
     """Records the steps that config.profile names. All ranks record: each writes its trace down as a few numbers.
 
@@ -127,11 +147,15 @@ class Profiler:
         self._steps = range(0)  # that are being recorded
         self._before: dict[str, int] = {}
         self._positions = self._tokens = 0
+        self._plain: deque[float] = deque(maxlen=5)  # seconds of steps that were not recorded, before the page's
+        self._began = 0.0
         self.is_done = False  # the steps of the page have been recorded
 
     def before_step(self, steps_done: int) -> None:
         """Called before each optimizer step, outside of what is timed."""
         step = steps_done + 1
+        if step < self._page.start - 1:
+            self._began = time.monotonic()
         if self._recording is None and (steps := self._due(step)):
             self._prepare(whole=steps == self._page)
             self._steps = steps
@@ -145,6 +169,8 @@ class Profiler:
 
     def after_step(self, steps_done: int) -> None:
         """Called after each optimizer step, on all ranks alike."""
+        if steps_done < self._page.start - 1 and self._recording is None:
+            self._plain.append(time.monotonic() - self._began)
         if self._recording is None or steps_done < self._steps.start:
             return
         self._recording.ranges.end_step()
@@ -184,6 +210,7 @@ class Profiler:
         else:
             self._recording = TorchRecording(self._device, whole=whole, stacks=whole and self._settings.stacks)
 
+    @collector_paused()
     def _evaluate(self, recording: TorchRecording, step: int) -> None:
         content = recording.content()
         is_page = self._steps == self._page
@@ -203,6 +230,7 @@ class Profiler:
             analyse(trace, breakdown, self._before),
             measure(self._device, self._config.engine.precision),
             rank_times(rows),
+            max(0.0, breakdown.step - statistics.median(self._plain)) if self._plain else None,
         )
         advice = advise(made, self._config, self._tokens / max(1, self._positions))
         page = self._folder / PAGE

@@ -134,7 +134,7 @@ class Throughput:
 
     @property
     def data_fraction(self) -> float | None:
-        """Share of the time, 0 to 1, in which this rank waited for data, over the window; None before the first step."""
+        """Share of the time, 0 to 1, that this rank waited for data, over the window; None before the first step."""
         return self._rate(3)
 
     @property

@@ -209,7 +209,7 @@ def profile_of(*, ranks: int = 1, rows: tuple[Row, ...] = (), **parts: float) ->
     named = {name.replace("_", " "): seconds for name, seconds in parts.items()}
     broken = replace(broken, step=1.0, parts=dict.fromkeys(PARTS, 0.0) | named, idle_in=idle)
     analysis = replace(analyse(trace, broken, {}), categories=list(rows), top=list(rows))
-    return Profile("run", (1, 1), analysis, CEILINGS, rank_times([row_of(broken)] * ranks))
+    return Profile("run", (1, 1), analysis, CEILINGS, rank_times([row_of(broken)] * ranks), None)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +255,12 @@ def test_bf16_is_advised_where_this_device_multiplies_faster_in_it() -> None:
     assert (advice.do, advice.gain) == ("engine.precision=bf16", pytest.approx(1 / 0.55))
 
 
+def test_what_recording_itself_takes_is_no_gain() -> None:
+    config, made = compose_config(["+exp=debug"]).config, profile_of(idle_in={"forward": 0.3, "backward": 0.1})
+    made.recording = 0.2
+    assert [each.gain for each in advise(made, config, 1.0)] == [pytest.approx(1 / 0.85)]
+
+
 def test_a_full_gpu_is_not_told_to_hold_more() -> None:
     config = compose_config(["+exp=debug", "model.gradient_checkpointing=true"]).config
     made = profile_of(forward=0.2)
@@ -269,9 +275,10 @@ def test_what_a_trace_and_a_config_say_is_escaped_on_the_page() -> None:
     evil = "<script>alert(1)</script>"
     events = [*step(), op(f"aten::{evil}", 10, 30), op(f"aten::{evil}", 35, 39), op("aten::nonzero", 36, 37)]
     trace = read_trace([*events, memory(12, 2**20, 1)], on_gpu=False)
-    made = Profile(evil, (1, 1), analyse(trace, break_down(trace), {}), CEILINGS, rank_times([[0.1] * 8] * 2))
+    made = Profile(evil, (1, 1), analyse(trace, break_down(trace), {}), CEILINGS, rank_times([[0.1] * 8] * 2), 0.25)
     page = render(made, [Advice("seed", evil, evil, 2.0)])
     assert "<script" not in page
     assert "http" not in page.replace('http-equiv="Content', "")
     for part in ("What to change", "2.00x", "Ranks", "Memory, 1 MiB", "Waits for the device", "Costliest operations"):
         assert part in page, part
+    assert "a step takes 250 ms longer" in page

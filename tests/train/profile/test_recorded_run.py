@@ -15,7 +15,7 @@ from tunesmith.train.errors import ConfigError
 from tunesmith.train.profile.recorder import check
 from tunesmith.train.ranks.progress import progress
 
-PAGE = ("profile=on", "profile.start_step=2", "profile.num_steps=2")
+PAGE = ("profile=on", "profile.start_step=3", "profile.num_steps=2")
 
 
 def recorded(rank: Any, *, overrides: list[str], run_dir: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def runs(
     """A run with a page and samples, and the same without, on two ranks each."""
     folder = tmp_path_factory.mktemp("profiled")
     overrides = short_run(2, 6, "batch.micro_batch_size=2")
-    given = [*overrides, *PAGE, "profile.every_steps=5"]
+    given = [*overrides, *PAGE, "profile.every_steps=6"]
     on = ranks(2).run(recorded, overrides=given, run_dir=str(folder / "on"))
     off = ranks(2).run(recorded, overrides=overrides, run_dir=str(folder / "off"))
     return {"on": on, "off": off, "folder": folder}
@@ -54,22 +54,31 @@ def test_the_page_and_the_trace_of_rank_0_are_written_and_told(runs: dict[str, A
     assert {path.name for path in written.iterdir()} == {"profile.html", "trace.json.gz"}
     events = json.loads(gzip.decompress((written / "trace.json.gz").read_bytes()))["traceEvents"]
     steps = [event["name"] for event in events if event["name"].startswith("tunesmith step")]
-    assert sorted(steps) == ["tunesmith step 2", "tunesmith step 3"]
+    assert sorted(steps) == ["tunesmith step 3", "tunesmith step 4"]
     assert any("LinearCrossEntropy" in event["name"] for event in events)
     page = (written / "profile.html").read_text()
-    for part in ("rank 1", "GEMM", "attention", "Roofline", "at the peak", "gloo:all_reduce", "measured ceilings"):
+    for part in (
+        "rank 1",
+        "GEMM",
+        "attention",
+        "Roofline",
+        "at the peak",
+        "gloo:all_reduce",
+        "measured ceilings",
+        "longer",
+    ):
         assert part in page, part
     first, *advice = runs["on"][0]["notes"]
-    assert first == f"profile of steps 2 to 3: {written / 'profile.html'}"
+    assert first == f"profile of steps 3 to 4: {written / 'profile.html'}"
     assert advice
     assert runs["on"][1]["notes"] == []
 
 
 def test_a_sample_gives_shares_of_the_step_that_are_the_same_on_all_ranks(runs: dict[str, Any]) -> None:
     first, second = (rank["metrics"] for rank in runs["on"])
-    assert list(first) == ["5"]
+    assert list(first) == ["6"]
     assert first == second
-    shares = dict(first["5"])
+    shares = dict(first["6"])
     assert 0 <= shares.pop("profile/rank_wait_fraction") <= shares["profile/communication_fraction"]
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["profile/forward_fraction"] > 0
@@ -107,7 +116,7 @@ def left_early(rank: Any, *, overrides: list[str], steps: int) -> int:
     return len(progress.listeners)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [2, 3])
 def test_a_run_that_is_left_in_a_recording_ends_it(
     ranks: Callable[[int], Any], short_run: Callable[..., list[str]], steps: int
 ) -> None:
