@@ -58,9 +58,11 @@ GPU = [
     op("aten::addmm", 11, 19, dims=[[2], [4, 8], [8, 2]], values=["", "", "", "1", "1"]),
     launch(1, 12, 13),
     on_gpu("kernel", "sm90_xmma_gemm_bf16", 14, 30, 1),
+    launch(7, 14, 15),
+    on_gpu("kernel", "splitKreduce_kernel", 32, 34, 7),  # of the same operation
     op("_LinearCrossEntropy", 30, 39),
     launch(2, 31, 32),
-    on_gpu("kernel", "lce_row_kernel", 30, 50, 2),
+    on_gpu("kernel", "lce_row_kernel", 42, 50, 2),
     op("aten::mul", 41, 43, dims=[[10], [10]]),
     launch(3, 41.5, 42),
     on_gpu("kernel", "elementwise_kernel", 50, 60, 3),

@@ -41,7 +41,7 @@ def without(left: Intervals, right: Intervals) -> Intervals:
         while k < len(right) and right[k][0] < end:
             if right[k][0] > at:
                 found.append((at, right[k][0]))
-            at = max(at, right[k][1])
+            at = right[k][1]
             k += 1
         if at < end:
             found.append((at, end))
