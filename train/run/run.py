@@ -22,7 +22,7 @@ from tunesmith.train.files.fence import fence
 from tunesmith.train.files.manifest import Identity
 from tunesmith.train.model.kernel_choice import choose_kernels
 from tunesmith.train.model.load import check_model
-from tunesmith.train.model.packing import choose_packing
+from tunesmith.train.model.packing import settle
 from tunesmith.train.model.vocabulary import check_rows
 from tunesmith.train.objective.objective import Objective, make_objective
 from tunesmith.train.paths import user_path
@@ -164,7 +164,7 @@ def _settle_packing(composed: Composed, device: torch.device, note: Callable[[st
     """
     config = composed.config
     hf_config = check_model(config)
-    config.batch.packing = choose_packing(config, hf_config, device, note)
+    settle(config, hf_config, device, note)
     composed.resolved["batch"]["packing"] = config.batch.packing.value
     return hf_config
 
