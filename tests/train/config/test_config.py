@@ -203,5 +203,5 @@ def test_every_group_of_the_design_is_in_the_schema_and_has_its_file() -> None:
     groups = {key.split(".")[0] for key in schema_keys(Config) if "." in key}
     assert {path.stem for path in SCHEMA_FILES} - {"config", "checks", "__init__"} == groups
     assert " ".join(sorted(groups)) == (
-        "adapter batch checkpoint cluster data engine evaluate model objective optimizer profile resume schedule track"
+        "adapter batch checkpoint cluster data engine evaluate memory model objective optimizer profile resume schedule track"
     )
