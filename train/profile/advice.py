@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tunesmith.train.config.config import AdapterKind, Config, Kernels, Offload, Packing, Precision
+from tunesmith.train.config.config import AdapterKind, Attention, Config, Kernels, Offload, Packing, Precision
 from tunesmith.train.profile.analysis import Profile, Row
 from tunesmith.train.profile.categories import Category
 
@@ -21,7 +21,18 @@ class Advice:
 
 def advise(profile: Profile, config: Config, fill: float) -> list[Advice]:
     """The largest gain first. fill: of the positions that are computed, the fraction that holds a token."""
-    rules = (_data, _packing, _precision, _recompute, _micro_batch, _communication, _offload, _kernels, _reporting)
+    rules = (
+        _data,
+        _packing,
+        _precision,
+        _recompute,
+        _attention,
+        _micro_batch,
+        _communication,
+        _offload,
+        _kernels,
+        _reporting,
+    )
     found = [advice for rule in (*rules, _dropout) for advice in rule(profile, config, fill)]
     worth = [advice for advice in found if advice.gain >= LEAST_GAIN]
     return sorted(worth, key=lambda advice: advice.gain, reverse=True)
@@ -78,13 +89,26 @@ def _precision(profile: Profile, config: Config, fill: float) -> Iterator[Advice
 
 
 def _recompute(profile: Profile, config: Config, fill: float) -> Iterator[Advice]:
-    forward = profile.analysis.breakdown.parts["forward"]
-    if config.model.gradient_checkpointing and _has_room(profile):
+    again = profile.analysis.breakdown.parts["forward"] * (config.memory.recompute or 0.0)
+    if _has_room(profile):
         yield Advice(
-            "model.gradient_checkpointing",
-            "model.gradient_checkpointing=false",
-            f"the backward repeats the forward ({1000 * forward:.3g} ms){_peak_words(profile)}",
-            _gain(forward, profile),
+            "memory.recompute",
+            "memory=keep",
+            f"the backward repeats {config.memory.recompute or 0:.0%} of the forward ({1000 * again:.3g} ms)"
+            f"{_peak_words(profile)}",
+            _gain(again, profile),
+        )
+
+
+def _attention(profile: Profile, config: Config, fill: float) -> Iterator[Advice]:
+    row = _category(profile, Category.attention)
+    if config.model.attention is Attention.sdpa and config.batch.packing is Packing.best_fit:
+        yield Advice(
+            "model.attention",
+            "model.attention=auto",
+            f"attention takes {1000 * row.seconds:.3g} ms of the step with a mask over each packed sequence; at this "
+            f"device's ceilings even that work takes {1000 * row.bound(profile.ceilings):.3g} ms",
+            _gain(row.seconds - row.bound(profile.ceilings), profile),
         )
 
 

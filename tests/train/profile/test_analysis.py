@@ -218,7 +218,14 @@ def profile_of(*, ranks: int = 1, rows: tuple[Row, ...] = (), **parts: float) ->
     [
         ([], {"data_wait": 0.2}, 1.0, "data.cache_dir=<a folder on a local disk>", 1 / 0.8),
         (["batch.packing=none"], {"forward": 0.2, "backward": 0.4}, 0.5, "batch.packing=best_fit", 1 / 0.7),
-        (["model.gradient_checkpointing=true"], {"forward": 0.2}, 1.0, "model.gradient_checkpointing=false", 1 / 0.8),
+        (["memory=recompute"], {"forward": 0.2}, 1.0, "memory=keep", 1 / 0.8),
+        (
+            ["model.attention=sdpa", "batch.packing=best_fit"],
+            {"rows": (Row("attention", "attention", 0.5, 1, 1e8, 0),)},
+            1.0,
+            "model.attention=auto",
+            1 / 0.6,
+        ),
         ([], {"idle_in": {"forward": 0.1, "backward": 0.1}}, 1.0, "batch.micro_batch_size=4", 1 / 0.85),
         (["engine=zero3"], {"communication": 0.3, "ranks": 4}, 1.0, "engine=zero2", 1 / 0.9),
         (["engine=zero2"], {"communication": 0.4, "ranks": 2}, 1.0, "engine=zero1", 1 / 0.8),
@@ -263,13 +270,13 @@ def test_what_recording_itself_takes_is_no_gain() -> None:
 
 
 def test_a_full_gpu_is_not_told_to_hold_more() -> None:
-    config = compose_config(["+exp=debug", "model.gradient_checkpointing=true"]).config
+    config = compose_config(["+exp=debug", "memory=recompute"]).config
     made = profile_of(forward=0.2)
     made.analysis.memory = timeline(read_trace([*step(), memory(12, 100, 1, 100, 1)], on_gpu=True), {})
     made.ceilings = replace(CEILINGS, memory_bytes=120)
     assert advise(made, config, 1.0) == []
     made.ceilings = replace(CEILINGS, memory_bytes=1200)
-    assert [each.setting for each in advise(made, config, 1.0)] == ["model.gradient_checkpointing"]
+    assert [each.setting for each in advise(made, config, 1.0)] == ["memory.recompute"]
 
 
 def test_what_a_trace_and_a_config_say_is_escaped_on_the_page() -> None:
