@@ -10,9 +10,11 @@ def event(cat: str, name: str, start: float, end: float, tid: int = MAIN, **args
     return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": end - start, "tid": tid, "args": args}
 
 
-def op(name: str, start: float, end: float, tid: int = MAIN, dims: Any = (), values: Any = ()) -> dict[str, Any]:
-    types = ["float"] * len(dims)
-    shaped = {"Input Dims": list(dims), "Input type": types, "Concrete Inputs": list(values)}
+def op(
+    name: str, start: float, end: float, tid: int = MAIN, dims: Any = (), values: Any = (), sequence: int | None = None
+) -> dict[str, Any]:
+    shaped = {"Input Dims": list(dims), "Input type": ["float"] * len(dims), "Concrete Inputs": list(values)}
+    shaped |= {} if sequence is None else {"Sequence number": sequence}
     return event("cpu_op", name, start, end, tid, **shaped)
 
 

@@ -1,15 +1,14 @@
 """A trace as the figures of the page."""
 
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tunesmith.train.profile.breakdown import Breakdown, RankTimes
 from tunesmith.train.profile.categories import Category, category_of
 from tunesmith.train.profile.ceilings import Ceilings
-from tunesmith.train.profile.costs import cost
+from tunesmith.train.profile.costs import Known, asked_for, cost
 from tunesmith.train.profile.memory import Timeline, timeline
 from tunesmith.train.profile.stalls import Stall, stalls
-from tunesmith.train.profile.trace import Op, Trace
+from tunesmith.train.profile.trace import Trace
 
 NUM_TOP = 15
 
@@ -62,15 +61,18 @@ class Profile:
     recording: float | None  # seconds that it has made a step longer; None where no other step was timed
 
 
-def analyse(trace: Trace, breakdown: Breakdown, before: dict[str, int]) -> Analysis:
+def analyse(trace: Trace, breakdown: Breakdown, before: dict[str, int], known: Known | None = None) -> Analysis:
     """before: bytes on the device that outlive a step, by what they are for."""
+    known = replace(known or Known(), adapted={op.sequence: op for op in trace.ops if op.name == "LoraLinear"})
     categories: dict[str, Row] = {name: Row(name, name) for name in Category}
     top: dict[tuple[str, str], Row] = {}
-    costs: dict[int, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    counted: set[int] = set()
     for work in trace.works:
         category = category_of(work)
-        flops, num_bytes = costs[id(work.op)] if id(work.op) in costs else _first(work.op)
-        costs[id(work.op)] = 0.0, 0.0  # of several kernels of one operation, the first has its cost
+        op = asked_for(work)
+        flops, num_bytes = (0.0, 0.0) if op is None or id(op) in counted else cost(op, work.name, known)
+        if flops or num_bytes:
+            counted.add(id(op))  # of several kernels of one operation, one has its cost
         row = top.setdefault((work.name, category), Row(work.name, category))
         for each in (categories[category], row):
             each.seconds += work.busy / 1e6
@@ -89,7 +91,3 @@ def analyse(trace: Trace, breakdown: Breakdown, before: dict[str, int]) -> Analy
         timeline(trace, before),
         len(trace.works) / steps,
     )
-
-
-def _first(op: Op | None) -> tuple[float, float]:
-    return cost(op) if op is not None else (0.0, 0.0)

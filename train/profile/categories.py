@@ -20,7 +20,9 @@ class Category(StrEnum):
 
 LOSS = re.compile("LinearCrossEntropy|cross_entropy|nll_loss|log_softmax|LogSoftmax|NllLoss|^lce_")
 LORA = re.compile("LoraLinear")
-ATTENTION = re.compile("scaled_dot_product|ScaledDotProduct|flash|fmha|flex_attention|varlen|aten::_?softmax|Attention")
+ATTENTION = re.compile(
+    "scaled_dot_product|ScaledDotProduct|[Ff]lash|fmha|flex_attention|varlen|aten::_?softmax|Attention"
+)
 GEMM = re.compile(r"aten::(mm|addmm_?|bmm|baddbmm_?|addmv_?|mv|dot|_scaled_mm|_grouped_mm)$|gemm|cutlass|cublas|nvjet")
 COPIES = re.compile("aten::(copy_|_to_copy|clone|contiguous|fill_|zero_|cat|stack|_foreach_copy_)$|[Mm]emcpy|[Mm]emset")
 

@@ -174,7 +174,7 @@ UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
 
 def short(value: float) -> str:
     """12.3 G"""
-    factor, unit = next(((factor, unit) for factor, unit in UNITS if value >= factor), (1, ""))
+    factor, unit = next(((factor, unit) for factor, unit in UNITS if value >= 0.9995 * factor), (1, ""))
     return f"{value / factor:.3g} {unit}".strip()
 
 

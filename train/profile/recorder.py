@@ -15,7 +15,7 @@ import orjson
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tunesmith.train.config.config import Config, ProfileConfig
+from tunesmith.train.config.config import AdapterKind, Config, ProfileConfig
 from tunesmith.train.data.store import Batch
 from tunesmith.train.errors import ConfigError
 from tunesmith.train.files.durable import write_atomically
@@ -23,6 +23,7 @@ from tunesmith.train.profile.advice import advise
 from tunesmith.train.profile.analysis import Profile, analyse
 from tunesmith.train.profile.breakdown import PARTS, Breakdown, break_down, rank_times, row_of
 from tunesmith.train.profile.ceilings import measure
+from tunesmith.train.profile.costs import Known
 from tunesmith.train.profile.page import render
 from tunesmith.train.profile.ranges import Ranges
 from tunesmith.train.profile.trace import Trace, read_trace
@@ -146,7 +147,7 @@ class Profiler:
         self._recording: Recording | None = None
         self._steps = range(0)  # that are being recorded
         self._before: dict[str, int] = {}
-        self._positions = self._tokens = 0
+        self._positions = self._tokens = self._pairs = self._num_batches = 0
         self._plain: deque[float] = deque(maxlen=5)  # seconds of steps that were not recorded, before the page's
         self._began = 0.0
         self.is_done = False  # the steps of the page have been recorded
@@ -163,7 +164,7 @@ class Profiler:
             return
         if step == self._steps.start:
             self._before = self._held() if self._steps == self._page else {}
-            self._positions = self._tokens = 0
+            self._positions = self._tokens = self._pairs = self._num_batches = 0
             self._recording.start()
         self._recording.ranges.begin_step(step)
 
@@ -187,6 +188,8 @@ class Profiler:
         if self._recording is not None:
             self._positions += sum(batch.labels.numel() for batch in batches)
             self._tokens += sum(batch.num_tokens for batch in batches)
+            self._pairs += sum(length * (length + 1) // 2 for batch in batches for length in batch.segments.lengths)
+            self._num_batches += len(batches)
 
     def close(self) -> None:
         """Drops a recording whose steps will not all come."""
@@ -224,10 +227,11 @@ class Profiler:
             self._write(content, trace, breakdown, rows)
 
     def _write(self, content: bytes, trace: Trace, breakdown: Breakdown, rows: list[list[float]]) -> None:
+        known = Known(self._pairs / max(1, self._num_batches), self._config.adapter.kind is AdapterKind.none)
         made = Profile(
             self._config.name,
             (self._steps[0], self._steps[-1]),
-            analyse(trace, breakdown, self._before),
+            analyse(trace, breakdown, self._before, known),
             measure(self._device, self._config.engine.precision),
             rank_times(rows),
             max(0.0, breakdown.step - statistics.median(self._plain)) if self._plain else None,

@@ -35,6 +35,7 @@ class Op:
     dims: list[Any]
     types: list[str]
     values: list[str]  # of arguments that are no tensor
+    sequence: int | None = None  # autograd's: a forward and its backward have the same
     parent: "Op | None" = None
     frame: str = ""  # the innermost line of Python, where stacks were recorded
     own: float = 0.0  # without what it called
@@ -119,7 +120,9 @@ def _op(event: dict[str, Any]) -> Op:
     args = event.get("args", {})
     start, end = _ends(event)
     dims, types, values = (args.get(name, []) for name in ("Input Dims", "Input type", "Concrete Inputs"))
-    return Op(event["name"], start, end, event.get("tid"), dims, types, values, own=end - start)
+    return Op(
+        event["name"], start, end, event.get("tid"), dims, types, values, args.get("Sequence number"), own=end - start
+    )
 
 
 def _nested(events: list[dict[str, Any]]) -> list[Op]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hand_made_trace import CPU, GPU, memory, op, step
+from hand_made_trace import CPU, GPU, launch, memory, on_gpu, op, step
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +15,7 @@ from tunesmith.train.profile.advice import Advice, advise
 from tunesmith.train.profile.analysis import Profile, Row, analyse
 from tunesmith.train.profile.breakdown import PARTS, break_down, rank_times, row_of, waiting_words
 from tunesmith.train.profile.ceilings import Ceilings
-from tunesmith.train.profile.costs import cost
+from tunesmith.train.profile.costs import Known, cost
 from tunesmith.train.profile.intervals import both, length, union, without
 from tunesmith.train.profile.memory import KINDS, timeline
 from tunesmith.train.profile.page import render
@@ -114,11 +114,11 @@ def test_the_product_with_the_adapted_weight_is_no_lora() -> None:
 
 
 def test_waits_are_named_with_their_line_of_code() -> None:
-    for events, on_gpu, name, where, micro in (
+    for events, is_gpu, name, where, micro in (
         (CPU, False, "aten::_local_scalar_dense", "autograd::engine::evaluate_function: MulBackward0", 1),
         (GPU, True, "cudaStreamSynchronize", "tunesmith/train/engine.py(118): step", 5),
     ):
-        trace = read_trace(events, on_gpu=on_gpu)
+        trace = read_trace(events, on_gpu=is_gpu)
         (stall,) = analyse(trace, break_down(trace), {}).stalls
         assert (stall.what, stall.phase, stall.where, stall.count) == (name, "backward", where, 1)
         assert 1e6 * stall.seconds == pytest.approx(micro)
@@ -179,13 +179,47 @@ def test_flops_are_those_that_torch_counts(causal: bool) -> None:
         types = ["float"] * len(event.input_shapes)
         made = op(event.name, 0, 1, dims=event.input_shapes)
         each = read_trace([*step(), made | {"ts": 50}], on_gpu=False).ops[0]
-        found[event.name] = found.get(event.name, 0.0) + cost(replace(each, values=values, types=types))[0]
+        typed = replace(each, values=values, types=types)
+        found[event.name] = found.get(event.name, 0.0) + cost(typed, event.name, Known())[0]
     products = sum(flops for name, flops in found.items() if "mm" in name)
     assert products == counted.get_total_flops() + 2 * 3 * 5 * 7  # torch's counter does not know addmm_
     forward = 2 * 2 * (2 * 3) * 6 * 6 * 8 / (2 if causal else 1)
     kernel = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert found[kernel] == forward
     assert found[f"{kernel}_backward"] == 2.5 * forward
+
+
+def test_what_our_own_kernels_do_follows_from_what_launched_them() -> None:
+    lora = [[2, 3, 8], [6, 8], [5, 8], [4, 8], [4, 8], [6, 4], [5, 4], [], []]  # x, two weights, As, Bs and biases
+    shaped = [
+        op("LoraLinear", 10, 12, dims=lora, sequence=7),
+        op("_LinearCrossEntropy", 12, 14, dims=[[9, 8], [11, 8], [], [5], [9]]),
+        op("aten::_flash_attention_forward", 14, 16, dims=[[9, 4, 2], [9, 1, 2], [9, 1, 2]]),
+        op("LoraLinearBackward", 40, 42, dims=[[2, 3, 6], [2, 3, 5]], sequence=7),
+        op("aten::_flash_attention_backward", 42, 44, dims=[[9, 4, 2], [9, 4, 2], [9, 1, 2], [9, 1, 2]]),
+    ]
+    names = ("down", "up", "lce_terms_kernel", "lce_gemm_kernel", "flash_fwd", "grad_up", "flash_bwd")
+    at = (10, 11, 12, 13, 14, 40, 42)
+    launched = [launch(number, start, start + 0.5) for number, start in enumerate(at)]
+    ran = [on_gpu("kernel", name, 50 + i, 51 + i, i) for i, name in enumerate(names)]
+    trace = read_trace([*step(), *shaped, *launched, *ran], on_gpu=True)
+    known = Known(pairs=20, trains_head=True)
+    found = {row.name: row.flops for row in analyse(trace, break_down(trace), {}, known).categories}
+    of_lora = 2 * 6 * (4 * 8 + 4 * 8 + 6 * 4 + 5 * 4)
+    assert found == {"LoRA": 3 * of_lora, "loss": 3 * 2 * 5 * 11 * 8, "attention": 3.5 * 2 * 4 * 20 * 4}
+    frozen = analyse(trace, break_down(trace), {}, replace(known, trains_head=False)).categories
+    assert next(row.flops for row in frozen if row.name == "loss") == 2 * 2 * 5 * 11 * 8
+
+
+def test_attention_that_launches_its_kernel_by_another_operation_has_its_own_shapes() -> None:
+    query = [2, 4, 6, 8]  # [B, H, S, K]
+    events = [
+        op("aten::_scaled_dot_product_flash_attention", 10, 20, dims=[query] * 3, values=["", "", "", "0.", "True"]),
+        op("aten::_flash_attention_forward", 11, 19, dims=[[2, 6, 4, 8]] * 3),
+        launch(1, 12, 13),
+        on_gpu("kernel", "flash_fwd_kernel", 14, 30, 1),
+    ]
+    assert rows_of([*step(), *events], on_gpu=True)["attention"].flops == 2 * (2 * 4) * 6 * 6 * (8 + 8) / 2
 
 
 def test_the_rank_that_waits_and_the_one_it_waits_for_are_named() -> None:
