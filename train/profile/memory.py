@@ -5,7 +5,7 @@ backward are activations; what the backward leaves for the update are gradients,
 ends in the phase it began in is a temporary.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from tunesmith.train.profile.trace import Trace
@@ -20,6 +20,7 @@ LEFT_BY: dict[str, str] = {
     Phase.update: STATE,
 }
 MOST_POINTS = 400
+NUM_LARGEST = 3
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Timeline:
     held: dict[str, list[int]]  # bytes at each moment, by KINDS
     peak: dict[str, int]  # bytes of each kind when their sum is highest
     ends: list[float]  # of the steps
+    largest: list[tuple[int, int, str]]  # at the peak: how many of how many bytes, allocated in which phase
 
     @property
     def peak_bytes(self) -> int:
@@ -38,7 +40,7 @@ def timeline(trace: Trace, before: dict[str, int]) -> Timeline | None:
     """before: bytes that outlive a step, by kind. None where no memory was recorded."""
     if not trace.memory:
         return None
-    changes = _changes(trace)
+    changes, ends = _changes(trace)
     held = dict.fromkeys(KINDS, 0) | before
     first = trace.memory[0]
     if trace.on_gpu:  # a CPU's total counts from the start of the recording
@@ -49,18 +51,26 @@ def timeline(trace: Trace, before: dict[str, int]) -> Timeline | None:
         held[kind] += num_bytes
         moments.append((moment - begin) / 1e6)
         rows.append(dict(held))
-    peak = max(rows, key=lambda row: sum(row.values()))
-    kept = _thinned([sum(row.values()) for row in rows])
+    totals = [sum(row.values()) for row in rows]
+    highest, kept = max(range(len(rows)), key=totals.__getitem__), _thinned(totals)
+    alike = Counter(
+        (num_bytes, trace.phases.name_at(moment))
+        for index, (moment, _, num_bytes) in enumerate(changes[:highest])
+        if num_bytes > 0 and ends.get(index, highest) >= highest
+    )
+    largest = sorted(((count, *of) for of, count in alike.items()), key=lambda each: -each[0] * each[1])
     return Timeline(
         [moments[i] for i in kept],
         {kind: [rows[i][kind] for i in kept] for kind in KINDS},
-        peak,
+        rows[highest],
         [(end - begin) / 1e6 for _, end in trace.steps],
+        largest[:NUM_LARGEST],
     )
 
 
-def _changes(trace: Trace) -> list[tuple[float, str, int]]:
-    """Moment, kind and bytes of each change. What was there before and is given back was of no known kind."""
+def _changes(trace: Trace) -> tuple[list[tuple[float, str, int]], dict[int, int]]:
+    """Moment, kind and bytes of each change; and by the number of an allocation that of the change that ends it."""
+    ends: dict[int, int] = {}
     changes: list[tuple[float, str, int]] = []
     opened: dict[int, list[tuple[int, int | None, str]]] = defaultdict(list)  # by address: change, phase, its name
     for row in trace.memory:
@@ -75,8 +85,9 @@ def _changes(trace: Trace) -> list[tuple[float, str, int]]:
             if began_in == phase:
                 kind = TEMPORARY
                 changes[index] = (moment, kind, num_bytes)
+            ends[index] = len(changes)
             changes.append((row.moment, kind, -num_bytes))
-    return changes
+    return changes, ends
 
 
 def _thinned(totals: list[int]) -> list[int]:

@@ -28,6 +28,7 @@ PROFILE_STYLE = (
 .bar{width:100%;height:32px;margin:0;border-radius:6px;overflow:hidden}
 .bar text{fill:var(--ontop);font-size:12px}.bar .c6+text,.bar .c4+text{fill:var(--ink)}
 .pad{padding:16px 18px}.pad p{margin:10px 0 0;color:var(--soft);font-size:14px}
+.chart p{color:var(--soft);font-size:13px}
 table.wide td,table.wide th{width:auto;text-align:right;padding:7px 12px;white-space:nowrap}
 table.wide td:first-child,table.wide th:first-child,table.wide .left{text-align:left}
 table.wide td:first-child,table.wide td code{white-space:normal;color:var(--ink)}
@@ -43,6 +44,7 @@ ol span{color:var(--soft);font-size:14px}
 .scroll{overflow-x:auto}
 """
 )
+MOST_RANKS = 16  # shown
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -114,9 +116,13 @@ def ranks_html(profile: Profile) -> str:
     if len(profile.ranks) < 2:
         return ""
     shown = [part for part in PARTS if any(rank.parts[part] for rank in profile.ranks)]
+    ranks = profile.ranks
+    if len(ranks) > MOST_RANKS:  # those that the others wait for, and those that wait most
+        by_wait = sorted(ranks, key=lambda rank: rank.waits)
+        ranks = by_wait[: MOST_RANKS // 2] + by_wait[-MOST_RANKS // 2 :]
     head = "<tr><th></th><th></th><th>own work</th><th>communication</th><th>waits</th></tr>"
     return (
-        f'<h2>Ranks</h2><div class="card scroll"><table class="wide">{head}{charts.ranks_bars(profile.ranks)}</table>'
+        f'<h2>Ranks</h2><div class="card scroll"><table class="wide">{head}{charts.ranks_bars(ranks)}</table>'
         f'<div class="pad">{charts.legend(PARTS, shown)}<p>{escape(waiting_words(profile.ranks))}</p></div></div>'
     )
 
@@ -140,6 +146,8 @@ def memory_html(profile: Profile) -> str:
         for kind, held in memory.peak.items()
         if held
     )
+    largest = ", ".join(f"{count} x {size(num_bytes)} in {phase}" for count, num_bytes, phase in memory.largest)
+    keys += f"<br>largest: {escape(largest)}" if largest else ""
     return figure(f"Memory, {size(memory.peak_bytes)} at the peak", charts.memory_chart(memory), keys)
 
 

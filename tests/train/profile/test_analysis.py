@@ -152,6 +152,7 @@ def test_memory_is_told_apart_by_when_it_comes_and_goes() -> None:
     }
     assert [sum(row.values()) for row in rows] == [100, 110, 210, 217, 210, 250, 150, 170, 130]
     assert rows[3]["temporary"] == 7
+    assert found.largest == [(1, 100, "forward"), (1, 40, "backward"), (1, 10, "reading data")]
     assert rows[-1]["optimizer state"] == 50
     assert timeline(read_trace(step(), on_gpu=True), {}) is None
 
@@ -324,3 +325,12 @@ def test_what_a_trace_and_a_config_say_is_escaped_on_the_page() -> None:
     for part in ("What to change", "2.00x", "Ranks", "Memory, 1 MiB", "Waits for the device", "Costliest operations"):
         assert part in page, part
     assert "a step takes 250 ms longer" in page
+    assert "largest: 1 x 1 MiB in forward" in page
+
+
+def test_of_many_ranks_those_that_wait_least_and_most_are_shown() -> None:
+    made = profile_of(communication=0.1)
+    rows = [[0.1] * 3 + [0.1 + rank / 100] + [0.0] * 3 + [0.1] for rank in range(40)]
+    made.ranks = rank_times(rows)
+    page = render(made, [])
+    assert [rank for rank in range(40) if f"<td>rank {rank}</td>" in page] == [*range(8), *range(32, 40)]
