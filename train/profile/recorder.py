@@ -197,7 +197,7 @@ class Profiler:
             recording, self._recording = self._recording, None
             recording.ranges.end_step()
             if not recording.started:
-                recording.start()  # what is only prepared cannot be stopped
+                recording.start()  # as torch.profiler leaves its own warm-up
             recording.stop()
 
     def _due(self, step: int) -> range:
@@ -222,7 +222,7 @@ class Profiler:
         breakdown = break_down(trace)
         rows = gather_floats(torch.tensor([row_of(breakdown)], dtype=torch.float64, device=self._device)).tolist()
         if not is_page:
-            self._reporter.profiled(step, _metrics(rows))
+            self._reporter.profiled(step, sample_metrics(rows))
         elif self._world.rank == 0:
             self._write(content, trace, breakdown, rows)
 
@@ -250,7 +250,7 @@ class Profiler:
             self._reporter.note(f"  {line}")
 
 
-def _metrics(rows: list[list[float]]) -> dict[str, float]:
+def sample_metrics(rows: list[list[float]]) -> dict[str, float]:
     """Shares of the step, as means over the ranks."""
     ranks = rank_times(rows)
     whole = sum(sum(rank.parts.values()) for rank in ranks)

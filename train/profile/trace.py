@@ -79,11 +79,6 @@ class Trace:
     works: list[Work] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
 
-    @property
-    def step_seconds(self) -> float:
-        """Of a step, on average."""
-        return sum(end - start for start, end in self.steps) / max(1, len(self.steps)) / 1e6
-
     def in_steps(self, moment: float) -> bool:
         return any(start <= moment <= end for start, end in self.steps)
 

@@ -12,7 +12,7 @@ from torch.profiler import profile
 
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.profile.recorder import check
+from tunesmith.train.profile.recorder import check, sample_metrics
 from tunesmith.train.ranks.progress import progress
 
 PAGE = ("profile=on", "profile.start_step=3", "profile.num_steps=2")
@@ -85,6 +85,16 @@ def test_a_sample_gives_shares_of_the_step_that_are_the_same_on_all_ranks(runs: 
     assert shares["profile/backward_fraction"] > 0
 
 
+def test_a_sample_is_the_mean_over_ranks() -> None:
+    def row(forward: float, communication: float) -> list[float]:
+        return [forward, 0.1, 0.1, communication, 0.0, 0.0, 0.1, communication]
+
+    found = sample_metrics([row(0.3, 0.4), row(0.6, 0.1)])
+    assert found["profile/forward_fraction"] == pytest.approx(0.45)
+    assert found["profile/communication_fraction"] == pytest.approx(0.25)
+    assert found["profile/rank_wait_fraction"] == pytest.approx(0.15)
+
+
 def test_the_memory_that_an_engine_keeps_is_that_of_its_weights_and_their_state(runs: dict[str, Any]) -> None:
     rank = runs["off"][0]
     of_one_rank = rank["weights"] / 2  # ZeRO 2: half of the masters and the two moments, in fp32
@@ -110,17 +120,23 @@ def test_a_step_that_is_not_recorded_has_no_ranges(
 
 
 def left_early(rank: Any, *, overrides: list[str], steps: int) -> int:
+    def raise_error(step: int) -> None:
+        raise RuntimeError(f"no data at {step}")
+
     with rank.ready(overrides) as (loop, _):
         for _ in range(steps):
+            loop.step()
+        loop.run.feed.batches = raise_error
+        with pytest.raises(RuntimeError, match="no data"):
             loop.step()
     return len(progress.listeners)
 
 
-@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_run_that_is_left_in_a_recording_ends_it(
     ranks: Callable[[int], Any], short_run: Callable[..., list[str]], steps: int
 ) -> None:
-    """After the step that warms it up, and after the first that is recorded; the next run can record again."""
+    """In the step that warms it up, and in both that are recorded; the next run can record again."""
     overrides = short_run(0, 6, *PAGE)
     for _ in range(2):
         assert ranks(1).run(left_early, overrides=overrides, steps=steps) == [0]
