@@ -200,4 +200,4 @@ def share_of(row: Row, profile: Profile) -> str:
     bound = row.bound(profile.ceilings)
     if not bound or not row.seconds:
         return "–"
-    return f"{bound / row.seconds:.0%}" if bound <= row.seconds else "in cache"
+    return f"{bound / row.seconds:.0%}" if bound <= row.seconds else "above it"
