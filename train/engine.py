@@ -22,6 +22,7 @@ from tunesmith.train.zero import universal
 from tunesmith.train.zero.checkpoint_engine import EngineFiles
 from tunesmith.train.zero.deepspeed import deepspeed
 from tunesmith.train.zero.deepspeed_config import deepspeed_config, is_plain_fp32, raw_keys_explained
+from tunesmith.train.zero.held_memory import held_bytes
 from tunesmith.train.zero.sharding import gathered
 from tunesmith.train.zero.skip_on_device import can_skip_on_device, is_invalid, skipping_on_device
 
@@ -226,6 +227,10 @@ class Engine:
         apply_settings(optimizer, self._group_settings, self._config)
         if hasattr(optimizer, "clip_grad"):
             optimizer.clip_grad = self._config.optimizer.max_grad_norm or 0.0
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes on this rank's device that outlive a step, by what they are for."""
+        return held_bytes(self.module, self._engine.optimizer, self.device)
 
     def close(self) -> None:
         """Takes the engine down, so that another can be made in this process; nothing else may be called then."""

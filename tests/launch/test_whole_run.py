@@ -113,11 +113,3 @@ def test_a_finished_run_is_not_trained_again(launch, tmp_path):
     refused = launch("forked", "train", *SHORT, "output_dir=run", "resume=never")
     assert refused.returncode == 2
     assert "already holds a run" in refused.stderr
-
-
-def test_a_profile_is_written_for_the_steps_asked_for(launch, tmp_path):
-    overrides = ("profile=torch", "profile.start_step=2", "profile.num_steps=1")
-    assert launch("forked", "train", *SHORT, *overrides, "output_dir=run").returncode == 0
-    trace = json.loads((tmp_path / "run/profile/trace.json").read_text())
-    assert any("LinearCrossEntropy" in str(event.get("name")) for event in trace["traceEvents"])
-    assert "aten::" in (tmp_path / "run/profile/operations.txt").read_text()

@@ -20,6 +20,7 @@ from tunesmith.train.paths import CONF_DIR
 
 GLOBAL_PACKAGE = re.compile(r"^#\s*@package\s+_global_\s*$", re.MULTILINE)
 HYDRA_PACKAGE = re.compile(r"^#\s*@package\s+hydra\b|^\s*-\s*\S+@hydra\b", re.MULTILINE)
+RENAMED = {("profile", "torch"): "on", ("profile", "off"): "none"}  # options of before, or in other words
 Options = Callable[[str], list[str]]  # a group -> its options
 
 
@@ -150,8 +151,15 @@ def check_option(group: str, option: object, known: list[str], at: str) -> None:
             at=at,
             do=f"write {typed('resume.source', option)} to go on from that folder." if option else "leave it out.",
         )
+    if isinstance(option, bool) and "on" in known:
+        raise ConfigError(
+            f"{group} has no option {option!r}: yaml reads on and off as true and false.",
+            at=at,
+            do=f"""choose one of {", ".join(known)}, with quotes in a file: "on".""",
+        )
+    guess = RENAMED.get((group, str(option))) or nearest(str(option), known)
     raise ConfigError(
-        f"{group} has no option {option!r}.{did_you_mean(nearest(str(option), known))}",
+        f"{group} has no option {option!r}.{did_you_mean(guess)}",
         at=at,
         do=f"choose one of {', '.join(known)}.",
     )

@@ -40,6 +40,7 @@ class Phase(StrEnum):
     forward = "forward", TimeoutKind.step
     backward = "backward", TimeoutKind.step
     update = "update", TimeoutKind.step
+    reporting = "reporting", TimeoutKind.step
     evaluating = "evaluating", TimeoutKind.step
     generating = "generating answers", TimeoutKind.step
     finishing = "finishing", TimeoutKind.step

@@ -5,7 +5,7 @@ planned faults (fault_plan.py) strike by it. It imports no torch: a job's driver
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tunesmith.train.ranks.fault_plan import FaultPlan
 from tunesmith.train.ranks.phases import Phase
@@ -19,7 +19,7 @@ class Progress:
     phase: Phase = Phase.starting
     num_changes: int = 0
     plan: FaultPlan | None = None
-    listener: "Callable[[Progress], None] | None" = None  # is told of every change
+    listeners: "list[Callable[[Progress], None]]" = field(default_factory=list)  # are told of every change
 
 
 progress = Progress()
@@ -31,8 +31,8 @@ def reach(phase: Phase, step: int | None = None) -> None:
     if step is not None:
         progress.step = step
     progress.num_changes += 1
-    if progress.listener is not None:
-        progress.listener(progress)
+    for listener in progress.listeners:
+        listener(progress)
     if progress.plan is not None:
         progress.plan.strike(progress.step, phase)
 

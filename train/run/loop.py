@@ -12,6 +12,7 @@ from tunesmith.train.data.store import Batch
 from tunesmith.train.engine import Engine
 from tunesmith.train.errors import Stopped, TrainingError
 from tunesmith.train.objective.objective import Objective, add_to
+from tunesmith.train.profile.recorder import Profiler
 from tunesmith.train.ranks.distributed import numbers_on, sum_over_ranks
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import progress, reach
@@ -23,7 +24,6 @@ from tunesmith.train.run.guards.bad_steps import losses_not_finite
 from tunesmith.train.run.guards.guards import Guards
 from tunesmith.train.run.guards.stragglers import BusyClock
 from tunesmith.train.run.setup import Run, Session
-from tunesmith.train.track.profile import Profiler
 
 
 def optimizer_step(
@@ -97,7 +97,9 @@ class Loop:
         self.objective = run.objective
         self.guards = Guards(run, session)
         self.stop = AgreedStop(run, session)
-        self._profiler = Profiler(run.config.profile, run.run_dir, run.world, run.device)
+        self.profiler = Profiler(
+            run.config, run.run_dir, run.world, run.device, run.reporter, held=session.engine.held_bytes
+        )
         session.engine.train()
         if progress.plan is not None:
             self.objective = planned_faults.install(progress.plan, run.objective, session.engine.module)
@@ -127,7 +129,7 @@ class Loop:
         self._between_steps()  # a run that was stopped before it evaluated does so now
         while state.step < self.run.feed.total_steps and not self._out_of_patience():
             self.step()
-        self._profiler.stop()
+        self.profiler.close()
         if self.run.data.validation is not None and state.evaluated_step != state.step:
             self._evaluate()
         if self.run.config.checkpoint.at_end:
@@ -135,17 +137,24 @@ class Loop:
         self.session.checkpoints.settle()
         self.stop.end_if_asked()
 
+    def profile(self) -> None:
+        """The steps until the profile is made, and none after them. Raises TrainingError and Stopped."""
+        self.stop.begin()
+        while not self.profiler.is_done:
+            self.step()
+
     def step(self) -> Step | None:
         """One optimizer step, and the evaluation and the save that are due after it; None for one passed over.
 
         Raises TrainingError and RollBack; Stopped, when a rank was asked to stop. On all ranks alike.
         """
         step = None
+        self.profiler.before_step(self.session.state.step)
         if self.session.state.step + 1 in self.session.state.passed_over:
             self._pass_over()
         else:
             step = self._optimizer_step()
-        self._profiler.step(self.session.state.step)
+        self.profiler.after_step(self.session.state.step)
         if step is not None and step.consensus.stop:
             raise self.stop.stopped()
         self._between_steps(step.consensus if step is not None else None)
@@ -153,8 +162,9 @@ class Loop:
 
     def close(self) -> None:
         """Lets go of the weights, so that another engine can be made in this process; nothing else may be called."""
+        self.profiler.close()
         self.session.engine.close()
-        del self.guards, self.objective
+        del self.guards, self.objective, self.profiler
         if progress.plan is not None:
             progress.plan.weights = None
         gc.collect()
@@ -199,6 +209,7 @@ class Loop:
         with self.guards.busy.working():
             reach(Phase.reading_data, state.step)
             batches = run.feed.batches(state.step)
+        self.profiler.read(batches)
         data_seconds = time.monotonic() - started
         learning_rate = run.config.optimizer.learning_rate * run.learning_rate_factor(state.step)
         session.engine.set_learning_rate(learning_rate)
@@ -210,6 +221,7 @@ class Loop:
             busy=self.guards.busy,
             before_update=self.guards.before_update,
         )
+        reach(Phase.reporting)
         seconds = time.monotonic() - started
         state.count(step, seconds)
         run.reporter.step(

@@ -26,6 +26,7 @@ from tunesmith.train.model.packing import settle
 from tunesmith.train.model.vocabulary import check_rows
 from tunesmith.train.objective.objective import Objective, make_objective
 from tunesmith.train.paths import user_path
+from tunesmith.train.profile.recorder import check as check_profile
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.phases import Phase
@@ -42,8 +43,11 @@ from tunesmith.train.watch.watchdog import Watchdog
 from tunesmith.train.zero import deepspeed_config
 
 
-def run(composed: Composed) -> Path:
-    """Trains and returns the run folder. Every rank calls it; raises TunesmithError for what the user can mend."""
+def run(composed: Composed, *, only_profile: bool = False) -> Path:
+    """Trains and returns the run folder. Every rank calls it; raises TunesmithError for what the user can mend.
+
+    only_profile: ends with the page of config.profile; there is no model.
+    """
     plan_faults()
     reach(Phase.starting, 0)
     config = composed.config
@@ -52,6 +56,7 @@ def run(composed: Composed) -> Path:
     deepspeed_config.check(config, world.world_size)
     _make_absolute(composed)
     device = distributed.choose_device(config.cluster.device, world)
+    check_profile(config.profile, device)
     kernels = choose_kernels(config, device)
     run_dir = run_folder.choose(config)
     run_folder.check_usable(run_dir, config.resume.source)
@@ -92,7 +97,7 @@ def run(composed: Composed) -> Path:
             kernels=kernels,
             reporter=reporter,
         )
-        train(composed, made, watchdog, nodes)
+        train(composed, made, watchdog, nodes, only_profile=only_profile)
         watchdog.leave()
     except Exception as error:
         if watchdog is None:

@@ -29,6 +29,7 @@ from tunesmith.train.model.timed_picks import use_timed_picks
 from tunesmith.train.model.vocabulary import num_ids
 from tunesmith.train.objective.objective import Objective
 from tunesmith.train.optimizer import STATE_BYTES
+from tunesmith.train.profile.recorder import check_steps
 from tunesmith.train.ranks.distributed import World, barrier, use_timeout
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import reach
@@ -86,6 +87,7 @@ def make_run(
 ) -> Run:
     """Of prepared data; no rank needs another for it. kernels are those of choose_kernels()."""
     feed = StoredFeed(config, data.train, world, device, pad_token_id=tokenizer.pad_token_id)
+    check_steps(config.profile, feed.total_steps)
     return Run(
         config=config,
         world=world,

@@ -27,10 +27,14 @@ from tunesmith.train.run.summary import start_rows
 from tunesmith.train.watch.watchdog import Watchdog
 
 
-def train(composed: Composed, run: Run, watchdog: Watchdog, nodes: list[tuple[str, str]]) -> None:
+def train(
+    composed: Composed, run: Run, watchdog: Watchdog, nodes: list[tuple[str, str]], *, only_profile: bool
+) -> None:
     """From the first session to the finished model. The run folder is made, or taken, only once all is ready.
 
-    nodes: rows of the table at the start.
+    Args:
+        nodes: rows of the table at the start.
+        only_profile: to the page of the profile instead.
     """
     # First, where the folder is there: setting up renames and removes in it. A new one is made once all else is well.
     token = _common_token(run.device)
@@ -48,9 +52,13 @@ def train(composed: Composed, run: Run, watchdog: Watchdog, nodes: list[tuple[st
     loop = Loop(run, session)
     del session  # the loop's, which a roll-back replaces
     try:
-        while back := until_rollback(loop):
-            loop = go_back(loop, back)
-        finish(run, loop.session, loop.stop)
+        if only_profile:
+            loop.profile()
+            run.reporter.finish({"status": "profiled", "name": run.config.name, "steps": loop.session.state.step})
+        else:
+            while back := until_rollback(loop):
+                loop = go_back(loop, back)
+            finish(run, loop.session, loop.stop)
         if lock:
             lock.release()
     except Stopped as stopped:

@@ -221,7 +221,9 @@ LIVE = {
     "train/learning_rate": "learning rate {}",
     "train/grad_norm": "grad norm {}",
     "throughput/tokens_per_second": "{} tokens/s",
+    "throughput/target_tokens_per_second": "{} targets/s",
     "throughput/mfu": "MFU {}",
+    "throughput/data_fraction": "data wait {}",
     "memory/peak_memory_gib": "{} GiB",
 }
 

@@ -110,13 +110,15 @@ class Throughput:
         self.world_size = world_size
         self.flops_per_token = flops_per_token
         self.peak_flops_per_gpu = peak_flops_per_gpu
-        self._steps: deque[tuple[float, int, int]] = deque(maxlen=window)
+        self._steps: deque[tuple[float, int, int, float]] = deque(maxlen=window)
         self._total_seconds = 0.0
         self._total_tokens = 0
 
-    def add(self, step_seconds: float, tokens: int, target_tokens: int) -> None:
-        """One optimizer step: its wall time, the tokens of all ranks, and those of them that are learned."""
-        self._steps.append((step_seconds, tokens, target_tokens))
+    def add(self, step_seconds: float, tokens: int, target_tokens: int, *, data_seconds: float) -> None:
+        """One optimizer step: its wall time, the tokens of all ranks, those of them that are learned, and how much of
+        the time this rank waited for data.
+        """
+        self._steps.append((step_seconds, tokens, target_tokens, data_seconds))
         self._total_seconds += step_seconds
         self._total_tokens += tokens
 
@@ -129,6 +131,11 @@ class Throughput:
     def target_tokens_per_second(self) -> float | None:
         """Learned tokens of all ranks, over the window; None before the first step."""
         return self._rate(2)
+
+    @property
+    def data_fraction(self) -> float | None:
+        """Share of the time, 0 to 1, that this rank waited for data, over the window; None before the first step."""
+        return self._rate(3)
 
     @property
     def tokens_per_second_per_gpu(self) -> float | None:
@@ -156,6 +163,7 @@ class Throughput:
             "throughput/tokens_per_second": self.tokens_per_second,
             "throughput/tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
             "throughput/target_tokens_per_second": self.target_tokens_per_second,
+            "throughput/data_fraction": self.data_fraction,
         }
         return named if self.mfu is None else named | {"throughput/mfu": self.mfu}
 

@@ -64,7 +64,7 @@ class Reporter:
     ) -> None:
         if self.console is None or self._tracker is None or self.throughput is None:
             return
-        self.throughput.add(step_seconds, step.tokens, step.target_tokens)
+        self.throughput.add(step_seconds, step.tokens, step.target_tokens, data_seconds=data_seconds)
         metrics: dict[str, float | None] = {
             "train/loss": step.loss,
             "train/grad_norm": step.grad_norm,
@@ -97,6 +97,11 @@ class Reporter:
         if self._tracker is not None:
             metrics = {"checkpoint/save_seconds": save_seconds, "checkpoint/stall_seconds": stall_seconds}
             self._tracker.log(step, metrics)
+
+    def profiled(self, step: int, metrics: dict[str, float]) -> None:
+        """A recorded step's figures."""
+        if self._tracker is not None:
+            self._tracker.log(step, dict(metrics))
 
     def phase(self, phase: Phase, step: int | None = None, *, words: str = "") -> None:
         """Every rank reaches the phase, and rank 0 shows it: in other words where some are given."""

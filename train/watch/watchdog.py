@@ -76,7 +76,7 @@ class Watchdog:
         self._table.beat(0)
         self._reached(progress)
         self._table.enter(world.rank, self._stacks.fileno())
-        progress.listener = self._reached
+        progress.listeners.append(self._reached)
         barrier()
         self._pidfds: dict[int, RankStatus] = {}
         self._poll = select.poll()
@@ -102,7 +102,8 @@ class Watchdog:
     def leave(self) -> None:
         """This rank has nothing more to do, or ends in a way that is no failure."""
         self._table.leave()
-        progress.listener = None
+        if self._reached in progress.listeners:
+            progress.listeners.remove(self._reached)
         self._over.set()
 
     def fail(self, error: Exception) -> NoReturn:

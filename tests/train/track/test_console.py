@@ -20,6 +20,8 @@ METRICS: dict[str, float | None] = {
     "train/learning_rate": 1.8e-3,
     "train/grad_norm": 0.6234,
     "throughput/tokens_per_second": 21345.6,
+    "throughput/target_tokens_per_second": 9876.5,
+    "throughput/data_fraction": 0.0123,
     "memory/peak_memory_gib": 6.14,
 }
 
@@ -42,8 +44,8 @@ def test_a_plain_line_has_every_figure_once(capsys: pytest.CaptureFixture[str]) 
     console.begin(400, 0)
     console.step(1, METRICS | {"throughput/mfu": 0.4123, "eval/loss": None}, epoch=0.5)
     assert capsys.readouterr().out == (
-        "step 1/400  epoch 0.50  loss 0.8412  learning rate 1.80e-03  grad norm 0.623  21,346 tokens/s  MFU 41.2 %  "
-        "6.1 GiB  0 s left\n"
+        "step 1/400  epoch 0.50  loss 0.8412  learning rate 1.80e-03  grad norm 0.623  21,346 tokens/s  "
+        "9,876 targets/s  MFU 41.2 %  data wait 1.2 %  6.1 GiB  0 s left\n"
     )
 
 

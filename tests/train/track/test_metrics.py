@@ -78,20 +78,21 @@ def test_longer_contexts_cost_more() -> None:
 
 def test_throughput_counts_all_ranks_and_divides_by_them() -> None:
     meter = Throughput(world_size=4, flops_per_token=1e9, peak_flops_per_gpu=1e12)
-    meter.add(2.0, tokens=1000, target_tokens=600)
-    meter.add(3.0, tokens=1500, target_tokens=400)
+    meter.add(2.0, tokens=1000, target_tokens=600, data_seconds=0.25)
+    meter.add(3.0, tokens=1500, target_tokens=400, data_seconds=0.5)
     assert meter.tokens_per_second == pytest.approx(500)
     assert meter.tokens_per_second_per_gpu == pytest.approx(125)
     assert meter.target_tokens_per_second == pytest.approx(200)
+    assert meter.metrics()["throughput/data_fraction"] == pytest.approx(0.15)
     assert meter.mfu == pytest.approx(125 * 1e9 / 1e12)
     assert meter.metrics()["throughput/mfu"] == meter.mfu
 
 
 def test_the_window_forgets_slow_first_steps_and_the_run_does_not() -> None:
     meter = Throughput(flops_per_token=1e9, peak_flops_per_gpu=1e12, window=3)
-    meter.add(97.0, tokens=100, target_tokens=100)  # compiling
+    meter.add(97.0, tokens=100, target_tokens=100, data_seconds=0.0)  # compiling
     for _ in range(3):
-        meter.add(1.0, tokens=100, target_tokens=100)
+        meter.add(1.0, tokens=100, target_tokens=100, data_seconds=0.0)
     assert meter.tokens_per_second == pytest.approx(100)
     assert meter.run_tokens_per_second == pytest.approx(4)
     assert meter.run_mfu == pytest.approx(4 * 1e9 / 1e12)
@@ -100,7 +101,7 @@ def test_the_window_forgets_slow_first_steps_and_the_run_does_not() -> None:
 @pytest.mark.parametrize("known", [{"flops_per_token": 1e9}, {"peak_flops_per_gpu": 1e12}, {}])
 def test_mfu_is_absent_when_cost_or_peak_is_unknown(known: dict[str, float]) -> None:
     meter = Throughput(**known)
-    meter.add(1.0, tokens=10, target_tokens=10)
+    meter.add(1.0, tokens=10, target_tokens=10, data_seconds=0.0)
     assert meter.mfu is None
     assert "throughput/mfu" not in meter.metrics()
 
