@@ -2,7 +2,7 @@
 
 DeepSpeed 0.19.8 looks for one by reading every gradient again (five operations each) and having the host wait, and then
 asks the norm of all gradients the same, with two more waits. The norm alone says it, on all ranks alike: it is infinite
-or NaN, or DeepSpeed's -1 for that. torch's fused AdamW takes that as a tensor, found_inf, and leaves weights, moments
+or NaN, or DeepSpeed's -1 for that. torch's fused optimizers take that as a tensor, found_inf, and leave weights, moments
 and counts as they are where it is 1.
 """
 
@@ -29,12 +29,12 @@ def is_invalid(norm: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def skipping_on_device(zero_optimizer: Any) -> Iterator[None]:
-    """Around one step of DeepSpeed's optimizer of ZeRO 1 to 3 over torch's fused AdamW."""
-    adamw, module = zero_optimizer.optimizer, sys.modules[type(zero_optimizer).__module__]
+    """Around one step of DeepSpeed's optimizer of ZeRO 1 to 3 over one of torch's fused optimizers."""
+    fused, module = zero_optimizer.optimizer, sys.modules[type(zero_optimizer).__module__]
     asked = vars(module)["is_invalid_grad_norm"]
 
     def note(norm: torch.Tensor) -> bool:
-        adamw.found_inf = is_invalid(norm).float()
+        fused.found_inf = is_invalid(norm).float()
         return False
 
     zero_optimizer.check_overflow = lambda partition_gradients=True: None
@@ -43,4 +43,5 @@ def skipping_on_device(zero_optimizer: Any) -> Iterator[None]:
         yield
     finally:
         vars(module)["is_invalid_grad_norm"] = asked
-        del zero_optimizer.check_overflow, adamw.found_inf
+        del zero_optimizer.check_overflow
+        vars(fused).pop("found_inf", None)  # there unless the step failed before its norm
