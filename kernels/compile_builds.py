@@ -1,11 +1,16 @@
 """Every way in which the Triton kernels are shipped, for the cross-compiler (compile_report.py)."""
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from tunesmith.kernels.blocks import Block, block
+from tunesmith.kernels.glu import glu
+from tunesmith.kernels.glu import triton_backend as glu_kernels
 from tunesmith.kernels.lce import anchored, anchored_kernels, chunked
 from tunesmith.kernels.lora import block_tables, triton_kernels
+from tunesmith.kernels.rms_norm import triton_backend as norm_kernels
+from tunesmith.kernels.rope import triton_backend as rope_kernels
 
 
 @dataclass(frozen=True)
@@ -142,4 +147,62 @@ def _drop_build(arch: int) -> Build:
     return Build(triton_kernels.drop, block_tables.DROP_BLOCK, arch, signature, {}, "bf16", ("N", "K"))
 
 
-BUILDS = {"chunked": chunked_builds, "anchored": anchored_builds, "lora": lora_builds}  # by what ships them
+def _leaf_build(
+    kernel: Any, sizes: Block, arch: int, element: str, constants: dict[str, Any], label: str, **types: str
+) -> Build:
+    """A kernel whose arguments are tensors of one dtype, but for those with types, and sizes that are even."""
+    names = [name for name in kernel.arg_names if name not in constants and not name.startswith("BLOCK")]
+    tensors = {name for name in names if name.endswith("_ND") or name in LEAF_TENSORS}
+    signature = {name: types.get(name, element if name in tensors else "i32") for name in names}
+    untyped = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    aligned = tuple(name for name, kind in signature.items() if kind == "i32" and name not in untyped)
+    return Build(kernel, sizes, arch, signature, constants, f"{element[1:]} {label}".strip(), aligned)
+
+
+LEAF_TENSORS = "weight_D", "q", "k", "cos", "sin", "q_out", "k_out", "gate", "up", "y", "dy", "dgate", "dup"
+ELEMENTS = "*bf16", "*fp32"
+WIDTHS = 64, 128, 256, 512, 1024, 2048, 4096, 8192  # of a row of rms_norm, as it is padded
+HEAD_SIZES = 64, 80, 128, 256
+
+
+def rms_norm_builds() -> list[Build]:
+    """Every width with every block."""
+    found = []
+    fp32 = {"rstd_N": "*fp32", "dweight_parts": "*fp32", "eps": "fp32"}
+    for arch, element, features in product(ARCHS, ELEMENTS, WIDTHS):
+        for sizes in norm_kernels.row_blocks("forward", features)[arch]:
+            flags = {"ONE_PLUS": True, "ROUND_FIRST": True}
+            found.append(_leaf_build(norm_kernels.rms_norm_forward, sizes, arch, element, flags, "all options", **fp32))
+        for sizes, trained in product(norm_kernels.row_blocks("backward", features)[arch], (False, True)):
+            flags, label = {"ONE_PLUS": True, "WEIGHT": trained}, "trained" if trained else "frozen"
+            found.append(_leaf_build(norm_kernels.rms_norm_backward, sizes, arch, element, flags, label, **fp32))
+    return found
+
+
+def rope_builds() -> list[Build]:
+    """Every head size with every block."""
+    found = []
+    for arch, element, features in product(ARCHS, ELEMENTS, HEAD_SIZES):
+        for sizes in rope_kernels.head_blocks(features)[arch]:
+            label = f"K={features}"
+            found.append(_leaf_build(rope_kernels.rope_kernel, sizes, arch, element, {"TRANSPOSED": True}, label))
+    return found
+
+
+def glu_builds() -> list[Build]:
+    """Every activation with every block."""
+    found = []
+    for arch, element, activation in product(ARCHS, ELEMENTS, glu.ACTIVATIONS):
+        for kernel, sizes in product((glu_kernels.glu_forward, glu_kernels.glu_backward), glu_kernels.BLOCKS[arch]):
+            found.append(_leaf_build(kernel, sizes, arch, element, {"ACTIVATION": activation}, activation))
+    return found
+
+
+BUILDS = {  # by what ships them
+    "chunked": chunked_builds,
+    "anchored": anchored_builds,
+    "lora": lora_builds,
+    "rms_norm": rms_norm_builds,
+    "rope": rope_builds,
+    "glu": glu_builds,
+}
