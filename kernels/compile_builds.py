@@ -148,15 +148,24 @@ def _drop_build(arch: int) -> Build:
 
 
 def _leaf_build(
-    kernel: Any, sizes: Block, arch: int, element: str, constants: dict[str, Any], label: str, **types: str
+    kernel: Any,
+    sizes: Block,
+    arch: int,
+    element: str,
+    constants: dict[str, Any],
+    label: str,
+    odd: str = "",
+    **types: str,
 ) -> Build:
-    """A kernel whose arguments are tensors of one dtype, but for those with types, and sizes that are even."""
+    """A kernel whose arguments are tensors of one dtype, but for those with types, and sizes divisible by 16, but for
+    one.
+    """
     names = [name for name in kernel.arg_names if name not in constants and not name.startswith("BLOCK")]
     tensors = {name for name in names if name.endswith("_ND") or name in LEAF_TENSORS}
     signature = {name: types.get(name, element if name in tensors else "i32") for name in names}
     untyped = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    aligned = tuple(name for name, kind in signature.items() if kind == "i32" and name not in untyped)
-    return Build(kernel, sizes, arch, signature, constants, f"{element[1:]} {label}".strip(), aligned)
+    aligned = tuple(name for name, kind in signature.items() if kind == "i32" and name not in (odd, *untyped))
+    return Build(kernel, sizes, arch, signature, constants, f"{element[1:]} {label}", aligned)
 
 
 LEAF_TENSORS = "weight_D", "q", "k", "cos", "sin", "q_out", "k_out", "gate", "up", "y", "dy", "dgate", "dup"
@@ -166,16 +175,21 @@ HEAD_SIZES = 64, 80, 128, 256
 
 
 def rms_norm_builds() -> list[Build]:
-    """Every width with every block."""
+    """Every width with every block; the narrowest and the widest also for a D that is not divisible by 16."""
     found = []
-    fp32 = {"rstd_N": "*fp32", "dweight_parts": "*fp32", "eps": "fp32"}
-    for arch, element, features in product(ARCHS, ELEMENTS, WIDTHS):
-        for sizes in norm_kernels.row_blocks("forward", features)[arch]:
-            flags = {"ONE_PLUS": True, "ROUND_FIRST": True}
-            found.append(_leaf_build(norm_kernels.rms_norm_forward, sizes, arch, element, flags, "all options", **fp32))
-        for sizes, trained in product(norm_kernels.row_blocks("backward", features)[arch], (False, True)):
-            flags, label = {"ONE_PLUS": True, "WEIGHT": trained}, "trained" if trained else "frozen"
-            found.append(_leaf_build(norm_kernels.rms_norm_backward, sizes, arch, element, flags, label, **fp32))
+    types = {"rstd_N": "*fp32", "dweight_parts": "*fp32", "eps": "fp32"}
+    forward, backward = norm_kernels.rms_norm_forward, norm_kernels.rms_norm_backward
+    kinds: list[tuple[str, Any, str, dict[str, Any]]] = [
+        ("forward", forward, "all options", {"ONE_PLUS": True, "ROUND_FIRST": True}),
+        ("backward", backward, "frozen", {"ONE_PLUS": True, "WEIGHT": False}),
+        ("backward", backward, "trained", {"ONE_PLUS": True, "WEIGHT": True}),
+    ]
+    for arch, element, features, (name, kernel, label, flags) in product(ARCHS, ELEMENTS, WIDTHS, kinds):
+        for sizes in norm_kernels.row_blocks(name, features)[arch]:
+            found.append(_leaf_build(kernel, sizes, arch, element, flags, label, **types))
+        if features in (WIDTHS[0], WIDTHS[-1]):
+            sizes = norm_kernels.row_blocks(name, features)[arch][0]
+            found.append(_leaf_build(kernel, sizes, arch, element, flags, f"{label}, odd D", "D", **types))
     return found
 
 
@@ -184,8 +198,9 @@ def rope_builds() -> list[Build]:
     found = []
     for arch, element, features in product(ARCHS, ELEMENTS, HEAD_SIZES):
         for sizes in rope_kernels.head_blocks(features)[arch]:
-            label = f"K={features}"
-            found.append(_leaf_build(rope_kernels.rope_kernel, sizes, arch, element, {"TRANSPOSED": True}, label))
+            odd = "half_K" if features % 32 else ""
+            flags = {"TRANSPOSED": True}
+            found.append(_leaf_build(rope_kernels.rope_kernel, sizes, arch, element, flags, f"K={features}", odd))
     return found
 
 

@@ -37,9 +37,14 @@ def num_multiprocessors(device: torch.device) -> int:
     return 2 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device; torch refuses to say for meta, on which nothing is computed."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Inside, products are of the dtypes they are given: autocast would round float32 ones to 16 bits."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
 
 
 def on_its_device(device: torch.device) -> AbstractContextManager[object]:

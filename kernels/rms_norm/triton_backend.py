@@ -23,14 +23,15 @@ def covers(features: int) -> bool:
 
 
 def row_blocks(kernel: str, features: int) -> Table:
-    """Tiles of about 4,096 elements, 16 to 32 a thread; the backward pass holds four such tiles, half as large."""
+    """Tiles of about 4,096 elements, 16 a thread; of the backward pass, which holds four at once, 2,048, 8 a thread (at
+    16, one spills on sm_80).
+    """
     columns = min(max(LEAST_D, triton.next_power_of_2(features)), MOST_D)
-    elements = 4096 if kernel == "forward" else 2048
+    elements, a_warp = (4096, 512) if kernel == "forward" else (2048, 256)
     found = []
     for size in (elements, elements // 2):
         rows = max(1, size // columns)
-        warps = min(16, max(4, rows * columns // 512))
-        candidate = block(warps, 2, BLOCK_N=rows, BLOCK_D=columns)
+        candidate = block(min(16, max(4, rows * columns // a_warp)), 2, BLOCK_N=rows, BLOCK_D=columns)
         if candidate not in found:
             found.append(candidate)
     return {90: found, 80: found, 0: [block(4, 1, BLOCK_N=8, BLOCK_D=columns)]}

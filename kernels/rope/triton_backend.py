@@ -38,7 +38,7 @@ def _rotate(
         tl.store(target + second[None, :], (b * cos_high + a * sin_high).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "G"])
 def rope_kernel(
     q, k, cos, sin, q_out, k_out, H, G, half_K,
     q_B, q_H, q_T, k_B, k_G, k_T, q_out_B, q_out_H, q_out_T, k_out_B, k_out_G, k_out_T, cos_B, cos_T,
