@@ -187,7 +187,7 @@ def rms_norm_builds() -> list[Build]:
     for arch, element, features, (name, kernel, label, flags) in product(ARCHS, ELEMENTS, WIDTHS, kinds):
         for sizes in norm_kernels.row_blocks(name, features)[arch]:
             found.append(_leaf_build(kernel, sizes, arch, element, flags, label, **types))
-        if features in (WIDTHS[0], WIDTHS[-1]):
+        if features in (WIDTHS[0], norm_kernels.MOST_ODD_D):
             sizes = norm_kernels.row_blocks(name, features)[arch][0]
             found.append(_leaf_build(kernel, sizes, arch, element, flags, f"{label}, odd D", "D", **types))
     return found

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from tunesmith.kernels.device import on_its_device, without_autocast
+from tunesmith.kernels.device import on_its_device
 from tunesmith.kernels.leaf_backend import Backend, is_triton
 from tunesmith.kernels.rms_norm import torch_backend
 
@@ -50,8 +50,7 @@ def rms_norm(
         from tunesmith.kernels.rms_norm import triton_backend  # here: importing triton is for machines that run it
 
         back_end = triton_backend if triton_backend.covers(x.shape[-1]) else torch_backend
-    with without_autocast(x.device):
-        return RmsNorm.apply(back_end, x, weight_D, float(eps), one_plus, round_first)
+    return RmsNorm.apply(back_end, x, weight_D, eps, one_plus, round_first)
 
 
 def _memory_order(x: torch.Tensor) -> list[int] | None:
@@ -62,7 +61,7 @@ def _memory_order(x: torch.Tensor) -> list[int] | None:
 
 def _rows(x: torch.Tensor, order: list[int] | None) -> torch.Tensor:
     """[N, D], contiguous, in an order of the dims; a view where x lies so."""
-    return (x if order is None else x.permute(order)).reshape(-1, x.shape[-1]).contiguous()
+    return (x if order is None else x.permute(order)).contiguous().view(-1, x.shape[-1])
 
 
 class RmsNorm(torch.autograd.Function):

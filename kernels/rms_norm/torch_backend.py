@@ -5,6 +5,8 @@ Few passes, each into memory that is there already: on a CPU a fresh [N, D] tens
 
 import torch
 
+from tunesmith.kernels.device import without_autocast
+
 
 def forward(
     x_ND: torch.Tensor, weight_D: torch.Tensor, y_ND: torch.Tensor, eps: float, one_plus: bool, round_first: bool
@@ -32,13 +34,14 @@ def backward(
     wants_weight: bool,
 ) -> torch.Tensor | None:
     """Fills dx; returns the gradient of the weight where it is wanted."""
-    wide = rstd_N.dtype
+    wide, along_x = rstd_N.dtype, -1 / x_ND.shape[1]
     factor_D = weight_D.to(wide) + 1 if one_plus else weight_D.to(wide)
     x_ND = x_ND.to(wide)
     scratch_ND = torch.mul(dy_ND, x_ND, out=dx_ND if dx_ND.dtype == wide else None)
-    dweight_D = torch.mv(scratch_ND.t(), rstd_N).to(weight_D.dtype) if wants_weight else None
-    along_N = torch.mv(scratch_ND, factor_D).mul_(rstd_N.square()).div_(-x_ND.shape[1])  # of x in dx, over rstd
-    torch.mul(dy_ND, factor_D, out=scratch_ND).addcmul_(x_ND, along_N[:, None]).mul_(rstd_N[:, None])
+    with without_autocast(x_ND.device):
+        dweight_D = torch.mv(scratch_ND.t(), rstd_N).to(weight_D.dtype) if wants_weight else None
+        sums_N = torch.mv(scratch_ND, factor_D).mul_(rstd_N).mul_(rstd_N)
+    torch.mul(dy_ND, factor_D, out=scratch_ND).addcmul_(x_ND, sums_N[:, None], value=along_x).mul_(rstd_N[:, None])
     if scratch_ND is not dx_ND:
         dx_ND.copy_(scratch_ND)
     return dweight_D

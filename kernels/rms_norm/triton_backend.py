@@ -13,13 +13,14 @@ from tunesmith.kernels.blocks import Block, Table, block, choose
 from tunesmith.kernels.device import num_multiprocessors
 
 LEAST_D, MOST_D = 64, 8192  # of a tile; wider rows would spill
+MOST_ODD_D = 4096  # where rows do not begin at multiples of 16 elements, so that nothing is loaded in vectors
 PROGRAMS_PER_MULTIPROCESSOR = 4  # of the backward pass with a weight: each leaves a float32 row behind
 UNTYPED = ["N", "chunk"]  # another number of rows must not compile a kernel anew
 
 
 def covers(features: int) -> bool:
     """Whether a row fits into a program."""
-    return features <= MOST_D
+    return features <= (MOST_ODD_D if features % 16 else MOST_D)
 
 
 def row_blocks(kernel: str, features: int) -> Table:

@@ -13,9 +13,12 @@ def rotate(
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transposed: bool) -> torch.Tensor:
-    half = x.shape[-1] // 2
     y = x * cos
-    low, high = (sin[..., half:], sin[..., :half]) if transposed else (sin[..., :half], sin[..., half:])
-    y[..., :half].addcmul_(x[..., half:], low, value=1 if transposed else -1)
-    y[..., half:].addcmul_(x[..., :half], high, value=-1 if transposed else 1)
+    (a, b), (y_a, y_b), (sin_a, sin_b) = x.chunk(2, -1), y.chunk(2, -1), sin.chunk(2, -1)
+    if transposed:
+        y_a.addcmul_(b, sin_b)
+        y_b.addcmul_(a, sin_a, value=-1)
+    else:
+        y_a.addcmul_(b, sin_a, value=-1)
+        y_b.addcmul_(a, sin_b)
     return y.to(x.dtype)
