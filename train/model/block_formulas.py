@@ -51,12 +51,15 @@ def norm_formula(module: nn.Module) -> NormFormula | None:
         x = torch.randn(len(SCALES), features) * torch.tensor(SCALES)[:, None]
         for one_plus in (False, True):
             twin.weight = nn.Parameter(drawn)
-            if not _agree(twin, lambda x, form=one_plus: rms_norm(x, twin.weight, eps, one_plus=form), [x]):
+            if not _agree(
+                twin, lambda x, form=one_plus: rms_norm(x, twin.weight, eps, one_plus=form, backend="torch"), [x]
+            ):
                 continue
             twin.weight = nn.Parameter(drawn.to(weight.dtype))
             x = x[2:].to(weight.dtype)  # within the range of float16
             for round_first in (True, False):
-                ours = rms_norm(x, twin.weight, eps, one_plus=one_plus, round_first=round_first)
+                form = {"one_plus": one_plus, "round_first": round_first}
+                ours = rms_norm(x, twin.weight, eps, backend="torch", **form)
                 if float((twin(x) == ours).float().mean()) >= SAME_BITS or weight.dtype is torch.float32:
                     return NormFormula(found[0], one_plus, round_first)
     return None
@@ -75,8 +78,8 @@ def glu_activation(module: nn.Module, *, packed: bool) -> str | None:
 
         def ours(x: torch.Tensor, activation: str) -> torch.Tensor:
             if packed:
-                return twin.down_proj(glu_packed(twin.gate_up_proj(x), activation))
-            return twin.down_proj(glu(twin.gate_proj(x), twin.up_proj(x), activation))
+                return twin.down_proj(glu_packed(twin.gate_up_proj(x), activation, backend="torch"))
+            return twin.down_proj(glu(twin.gate_proj(x), twin.up_proj(x), activation, backend="torch"))
 
         x = torch.randn(len(SCALES), hidden) * torch.tensor(SCALES)[:, None]
         return next((it for it in ACTIVATIONS if _agree(twin, partial(ours, activation=it), [x])), None)
@@ -88,7 +91,7 @@ def rope_angles(function: Callable[..., Any], dtype: torch.dtype) -> frozenset[t
     with _asking():
         q, k = torch.randn(2, 3, 4, 5, 8).unbind(0)  # [3, 4, 5, 8]
         cos, sin = torch.randn(2, 3, 5, 8).unbind(0)
-        if dtype in DTYPES and _agree(function, rope, [q, k], cos, sin):
+        if dtype in DTYPES and _agree(function, partial(rope, backend="torch"), [q, k], cos, sin):
             for angles in {dtype, torch.float32}:
                 given = q.to(dtype), k[:, :2].to(dtype), cos.to(angles), sin.to(angles)
                 if [it.dtype for it in function(*given)] == [dtype, dtype]:
