@@ -21,3 +21,8 @@ def is_triton(backend: Backend, x: torch.Tensor) -> bool:
     if backend == "triton" and why_not:
         raise ValueError(f"backend=triton cannot run here: {why_not}.")
     return not why_not and x.numel() > 0
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device; torch refuses to say for meta, on which nothing is computed."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.kernels.device import is_autocast
 from tunesmith.kernels.glu.glu import glu, glu_packed
-from tunesmith.kernels.leaf_backend import Backend
+from tunesmith.kernels.leaf_backend import Backend, is_autocast
 from tunesmith.kernels.rms_norm.rms_norm import rms_norm
 from tunesmith.kernels.rope.rope import rope
 from tunesmith.train.config.config import Kernels

@@ -15,7 +15,9 @@ import torch
 from matrices import covered
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tunesmith.kernels.dry_launches import dry_launches
 from tunesmith.train.config.config import Kernels
 from tunesmith.train.model.block_kernels import use_block_kernels
 from tunesmith.train.model.load import quiet_transformers
@@ -210,36 +212,74 @@ def test_autocast_and_other_dtypes_go_through_the_models_own_forward(model_of: M
 # ---------------------------------------------------------------- what is kept
 
 
-def kept(model: Any, function: Callable[[Any], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass, besides parameters."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found: dict[int, int] = {}
+VIEWS_AND_MEMORY = {
+    "alias", "as_strided", "detach", "empty", "empty_like", "new_empty", "new_empty_strided", "select", "slice",
+    "split", "t", "transpose", "unsqueeze", "view", "_unsafe_view", "chunk", "reshape", "permute", "expand",
+}  # fmt: skip
+
+
+class Work(TorchDispatchMode):
+    """Counts torch's operations that would launch something on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in VIEWS_AND_MEMORY
+        return func(*args, **(kwargs or {}))
+
+
+class NoAttention(torch.autograd.Function):
+    """Launches and keeps nothing, so that only the rest of a block is counted."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+        ctx.shapes = [tensor.shape for tensor in (q, k, v)]
+        return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> Any:
+        return tuple(dy.new_empty(B, T, H, K).transpose(1, 2) for B, H, T, K in ctx.shapes)
+
+
+B, T, D, F, HEADS, HEAD_SIZE = 2, 4096, 4096, 14_336, 32, 128  # Llama-3.1-8B's block
+
+
+def block_on_a_gpu(kernels: Kernels) -> tuple[int, int]:
+    """Launches of forward and backward, and bytes kept, of one block in bf16 with frozen weights, on meta tensors."""
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+    AttentionInterface.register("none_at_all", lambda module, q, k, v, mask, **_: (NoAttention.apply(q, k, v), None))
+    sizes = {"hidden_size": D, "intermediate_size": F, "num_attention_heads": HEADS, "num_key_value_heads": 8}
+    config = AutoConfig.for_model("llama", num_hidden_layers=1, vocab_size=64, pad_token_id=0, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="none_at_all")
+        x = torch.empty(B, T, D, dtype=torch.bfloat16, requires_grad=True)
+        angles = torch.empty(2, 1, T, HEAD_SIZE, dtype=torch.bfloat16).unbind(0)
+    assert use_block_kernels(model.requires_grad_(False), kernels, GPU) == []
+    found: dict[int, Any] = {}
+
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function(model)
-    assert result is not None
-    return sum(found.values())
+    with dry_launches(90) as launches, Work() as work, saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.model.layers[0](x, position_embeddings=angles)
+        output.backward(torch.empty_like(output))
+    return work.count + len(launches), sum(storage.nbytes() for storage in found.values())
 
 
-def test_a_block_keeps_what_its_formulas_need(model_of: Model) -> None:
-    """bf16, frozen weights, [1, T, D]: of a norm x and a number a row, of an MLP gate and up, of a rotation nothing."""
-    model = model_of("llama", torch.bfloat16, num_attention_heads=8, head_dim=8, num_key_value_heads=8).requires_grad_(
-        False
-    )
-    ours = on_our_kernels(model)
-    T, D, F = 64, 32, 64
-    x = torch.randn(1, T, D, dtype=torch.bfloat16, requires_grad=True)
-    norm = kept(ours, lambda it: it.model.norm(x))
-    assert norm == 2 * T * D + 4 * T
-    assert kept(ours, lambda it: it.model.layers[0].mlp(x)) == 2 * T * 2 * F
-    assert kept(model, lambda it: it.model.norm(x)) >= 4 * T * D  # as transformers has it, in float32
-    assert kept(model, lambda it: it.model.layers[0].mlp(x)) == 2 * T * 3 * F
+def test_a_block_on_a_gpu_keeps_what_its_formulas_need_and_launches_a_third() -> None:
+    """Of a norm x and a number a row, of the MLP gate and up, of the rotation the angles."""
+    launches, kept = block_on_a_gpu(Kernels.triton)
+    assert kept == B * T * (2 * (2 * D + 4) + 2 * 2 * F) + 2 * 2 * T * HEAD_SIZE
+    their_launches, their_kept = block_on_a_gpu(Kernels.off)
+    assert launches == 29  # 14 products, 8 of our kernels, 7 sums of gradients and residuals
+    assert their_launches > 3 * launches
+    assert kept < 0.65 * their_kept
 
 
 # ---------------------------------------------------------------- with everything else
