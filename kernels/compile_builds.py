@@ -1,16 +1,15 @@
 """Every way in which the Triton kernels are shipped, for the cross-compiler (compile_report.py)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
 from typing import Any
 
+from tunesmith.kernels import leaf_calls
 from tunesmith.kernels.blocks import Block, block
-from tunesmith.kernels.glu import glu
-from tunesmith.kernels.glu import triton_backend as glu_kernels
+from tunesmith.kernels.dry_launches import Launch, dry_launches
 from tunesmith.kernels.lce import anchored, anchored_kernels, chunked
 from tunesmith.kernels.lora import block_tables, triton_kernels
-from tunesmith.kernels.rms_norm import triton_backend as norm_kernels
-from tunesmith.kernels.rope import triton_backend as rope_kernels
 
 
 @dataclass(frozen=True)
@@ -147,77 +146,36 @@ def _drop_build(arch: int) -> Build:
     return Build(triton_kernels.drop, block_tables.DROP_BLOCK, arch, signature, {}, "bf16", ("N", "K"))
 
 
-def _leaf_build(
-    kernel: Any,
-    sizes: Block,
-    arch: int,
-    element: str,
-    constants: dict[str, Any],
-    label: str,
-    odd: str = "",
-    **types: str,
-) -> Build:
-    """A kernel whose arguments are tensors of one dtype, but for those with types, and sizes divisible by 16, but for
-    one.
-    """
-    names = [name for name in kernel.arg_names if name not in constants and not name.startswith("BLOCK")]
-    tensors = {name for name in names if name.endswith("_ND") or name in LEAF_TENSORS}
-    signature = {name: types.get(name, element if name in tensors else "i32") for name in names}
-    untyped = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    aligned = tuple(name for name, kind in signature.items() if kind == "i32" and name not in (odd, *untyped))
-    return Build(kernel, sizes, arch, signature, constants, f"{element[1:]} {label}", aligned)
+def leaf_builds(calls: Callable[[], list[leaf_calls.Call]]) -> list[Build]:
+    """What calls on meta tensors launch."""
+    found: dict[tuple[int, str], Build] = {}
+    for arch in ARCHS:
+        with dry_launches(arch) as launches:
+            for call in calls():
+                call()
+        found |= {(arch, launch.key): _launched(launch) for launch in launches}
+    return list(found.values())
 
 
-LEAF_TENSORS = "weight_D", "q", "k", "cos", "sin", "q_out", "k_out", "gate", "up", "y", "dy", "dgate", "dup"
-ELEMENTS = "*bf16", "*fp32"
-WIDTHS = 64, 128, 256, 512, 1024, 2048, 4096, 8192  # of a row of rms_norm, as it is padded
-HEAD_SIZES = 64, 80, 128, 256
+def _launched(launch: Launch) -> Build:
+    names = launch.kernel.arg_names
+    constants = {names[index]: value for (index,), value in launch.constants.items()}
+    sizes = {name: constants.pop(name) for name in list(constants) if name.startswith("BLOCK")}
+    signature = {name: kind for name, kind in launch.signature.items() if kind != "constexpr" and name not in constants}
+    even = {names[index] for (index,), divisible in launch.attributes.items() if divisible}
+    aligned = tuple(name for name, kind in signature.items() if name in even and not kind.startswith("*"))
+    uneven = [name for name in ("D", "F", "half_K") if name in signature and name not in aligned]
+    pointers = [kind[1:] for kind in signature.values() if kind.startswith("*")]
+    label = " ".join(
+        [pointers[0], *(f"{name}={value}" for name, value in constants.items()), *map("odd {}".format, uneven)]
+    )
+    blocks = block(launch.num_warps, launch.num_stages, **sizes)
+    return Build(launch.kernel, blocks, launch.arch, signature, constants, label, aligned)
 
 
-def rms_norm_builds() -> list[Build]:
-    """Every width with every block; the narrowest and the widest also for a D that is not divisible by 16."""
-    found = []
-    types = {"rstd_N": "*fp32", "dweight_parts": "*fp32", "eps": "fp32"}
-    forward, backward = norm_kernels.rms_norm_forward, norm_kernels.rms_norm_backward
-    kinds: list[tuple[str, Any, str, dict[str, Any]]] = [
-        ("forward", forward, "all options", {"ONE_PLUS": True, "ROUND_FIRST": True}),
-        ("backward", backward, "frozen", {"ONE_PLUS": True, "WEIGHT": False}),
-        ("backward", backward, "trained", {"ONE_PLUS": True, "WEIGHT": True}),
-    ]
-    for arch, element, features, (name, kernel, label, flags) in product(ARCHS, ELEMENTS, WIDTHS, kinds):
-        for sizes in norm_kernels.row_blocks(name, features)[arch]:
-            found.append(_leaf_build(kernel, sizes, arch, element, flags, label, **types))
-        if features in (WIDTHS[0], norm_kernels.MOST_ODD_D):
-            sizes = norm_kernels.row_blocks(name, features)[arch][0]
-            found.append(_leaf_build(kernel, sizes, arch, element, flags, f"{label}, odd D", "D", **types))
-    return found
-
-
-def rope_builds() -> list[Build]:
-    """Every head size with every block."""
-    found = []
-    for arch, element, features in product(ARCHS, ELEMENTS, HEAD_SIZES):
-        for sizes in rope_kernels.head_blocks(features)[arch]:
-            odd = "half_K" if features % 32 else ""
-            flags = {"TRANSPOSED": True}
-            found.append(_leaf_build(rope_kernels.rope_kernel, sizes, arch, element, flags, f"K={features}", odd))
-    return found
-
-
-def glu_builds() -> list[Build]:
-    """Every activation with every block."""
-    found = []
-    for arch, element, activation in product(ARCHS, ELEMENTS, glu.ACTIVATIONS):
-        for kernel, sizes in product((glu_kernels.glu_forward, glu_kernels.glu_backward), glu_kernels.BLOCKS[arch]):
-            found.append(_leaf_build(kernel, sizes, arch, element, {"ACTIVATION": activation}, activation))
-    return found
-
-
-BUILDS = {  # by what ships them
+BUILDS: dict[str, Callable[[], list[Build]]] = {  # by what ships them
     "chunked": chunked_builds,
     "anchored": anchored_builds,
     "lora": lora_builds,
-    "rms_norm": rms_norm_builds,
-    "rope": rope_builds,
-    "glu": glu_builds,
+    **{name: partial(leaf_builds, calls) for name, calls in leaf_calls.CALLS.items()},
 }

@@ -1,8 +1,7 @@
-"""Calls of rms_norm, rope and glu on meta tensors, forward and backward, for dry_launches.py: between them, and with
-every candidate of the block tables, they launch all that is shipped. N rows, D features.
+"""Calls of rms_norm, rope and glu on meta tensors, forward and backward, for dry_launches.py: between them they launch
+all that is shipped, for bfloat16 and, of the widest, for float32.
 """
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +12,8 @@ from tunesmith.kernels.rms_norm.rms_norm import rms_norm
 from tunesmith.kernels.rope.rope import rope
 
 ROWS = 2048
-DTYPES = torch.bfloat16, torch.float32
+BF16 = torch.bfloat16
+Call = Callable[[], None]
 
 
 def _empty(*shape: int, dtype: torch.dtype, trained: bool = True) -> torch.Tensor:
@@ -44,24 +44,24 @@ def dry_glu(features: int, dtype: torch.dtype, activation: str, *, packed: bool 
     y.backward(torch.empty_like(y))
 
 
-def norm_calls() -> list[Callable[[], None]]:
+def norm_calls() -> list[Call]:
     """Every width of a tile, widths that fill none and are no multiple of 16, and both forms."""
-    widths = 64, 128, 256, 512, 1024, 2048, 4096, 8192, 33, 4001
-    settings = itertools.product(widths, DTYPES, (False, True))
-    found = [partial(dry_norm, features, dtype, trained=trained) for features, dtype, trained in settings]
-    return [*found, *(partial(dry_norm, 4096, dtype, trained=False, plain=True) for dtype in DTYPES)]
+    widths = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 33, 4001)
+    found: list[Call] = [partial(dry_norm, it, BF16, trained=trained) for it in widths for trained in (False, True)]
+    found += [partial(dry_norm, it, torch.float32, trained=True) for it in (128, 8192, 4001)]
+    return [*found, partial(dry_norm, 4096, BF16, trained=False, plain=True)]
 
 
-def rope_calls() -> list[Callable[[], None]]:
+def rope_calls() -> list[Call]:
     """Heads of a power of two, of 80, and of a few features."""
-    return [partial(dry_rope, size, dtype) for size in (64, 80, 128, 256, 6) for dtype in DTYPES]
+    return [*(partial(dry_rope, it, BF16) for it in (64, 80, 128, 256, 6)), partial(dry_rope, 256, torch.float32)]
 
 
-def glu_calls() -> list[Callable[[], None]]:
+def glu_calls() -> list[Call]:
     """Each activation; features that are a multiple of 16, and not."""
-    settings = itertools.product((14_336, 1001), DTYPES, ACTIVATIONS)
-    found: list[Callable[[], None]] = [partial(dry_glu, *setting) for setting in settings]
-    return [*found, *(partial(dry_glu, 1001, dtype, "silu", packed=True) for dtype in DTYPES)]
+    found: list[Call] = [partial(dry_glu, 14_336, BF16, it) for it in ACTIVATIONS]
+    found += [partial(dry_glu, 1001, dtype, "gelu_tanh") for dtype in (BF16, torch.float32)]
+    return [*found, *(partial(dry_glu, it, BF16, "silu", packed=True) for it in (14_336, 1001))]
 
 
 CALLS = {"rms_norm": norm_calls, "rope": rope_calls, "glu": glu_calls}

@@ -7,8 +7,7 @@ import triton.language as tl
 
 from tunesmith.kernels.blocks import Block, Table, block, choose
 
-CANDIDATES = [block(4, 2, BLOCK_F=2048), block(4, 2, BLOCK_F=1024), block(8, 2, BLOCK_F=4096)]
-BLOCKS: Table = {90: CANDIDATES, 80: CANDIDATES, 0: [block(4, 1, BLOCK_F=64)]}
+BLOCKS: Table = {90: [block(4, 2, BLOCK_F=2048)], 80: [block(4, 2, BLOCK_F=2048)], 0: [block(4, 1, BLOCK_F=64)]}
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0

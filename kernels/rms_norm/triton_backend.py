@@ -29,12 +29,8 @@ def row_blocks(kernel: str, features: int) -> Table:
     """
     columns = min(max(LEAST_D, triton.next_power_of_2(features)), MOST_D)
     elements, a_warp = (4096, 512) if kernel == "forward" else (2048, 256)
-    found = []
-    for size in (elements, elements // 2):
-        rows = max(1, size // columns)
-        candidate = block(min(16, max(4, rows * columns // a_warp)), 2, BLOCK_N=rows, BLOCK_D=columns)
-        if candidate not in found:
-            found.append(candidate)
+    rows = max(1, elements // columns)
+    found = [block(min(16, max(4, rows * columns // a_warp)), 2, BLOCK_N=rows, BLOCK_D=columns)]
     return {90: found, 80: found, 0: [block(4, 1, BLOCK_N=8, BLOCK_D=columns)]}
 
 

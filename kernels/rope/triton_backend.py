@@ -11,7 +11,7 @@ from tunesmith.kernels.blocks import Table, block, choose
 def head_blocks(features: int) -> Table:
     """Heads of a tile, two halves of each: 16 elements a thread of either."""
     half = triton.next_power_of_2(features // 2)
-    found = [block(4, 2, BLOCK_H=max(1, size // half), BLOCK_K=half) for size in (2048, 1024)]
+    found = [block(4, 2, BLOCK_H=max(1, 2048 // half), BLOCK_K=half)]
     return {90: found, 80: found, 0: [block(4, 1, BLOCK_H=2, BLOCK_K=half)]}
 
 
