@@ -65,17 +65,18 @@ def dry_launches(arch: int) -> Iterator[list[Launch]]:
 
 
 def _noting(found: list[Launch], arch: int) -> Callable[..., bool]:
-    def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    def hook(*, key: str, fn: Any, **given: Any) -> bool:
+        how = given["compile"]  # a dict
         found.append(
             Launch(
                 kernel=fn.jit_function,
                 arch=arch,
                 key=f"{fn.name} {key}",
-                signature=compile["signature"],
-                constants=compile["constants"],
-                attributes=compile["configs"][0],
-                num_warps=compile["num_warps"],
-                num_stages=compile["num_stages"],
+                signature=how["signature"],
+                constants=how["constants"],
+                attributes=how["configs"][0],
+                num_warps=how["num_warps"],
+                num_stages=how["num_stages"],
             )
         )
         return True  # "compiled elsewhere": Triton does nothing more
