@@ -20,9 +20,13 @@ class Setting:
     """What all contestants share: config, tokenizer, our prepared data, and the rows as the others take them."""
 
     def __init__(self, scratch: Path) -> None:
+        import torch
+
         from tunesmith.train.config.compose import compose_config
         from tunesmith.train.data.prepare import prepare
         from tunesmith.train.data.tokenizer import load_tokenizer
+        from tunesmith.train.model.load import check_model
+        from tunesmith.train.model.packing import settle
         from tunesmith.train.objective.objective import make_objective
         from tunesmith.train.paths import resolve_path
 
@@ -51,6 +55,7 @@ class Setting:
             f"optimizer.max_grad_norm={MAX_GRAD_NORM}",
         ]
         self.config = compose_config(overrides).config
+        settle(self.config, check_model(self.config), torch.device("cpu"), print)
         self.tokenizer = load_tokenizer(self.config.model, self.config.data)
         self.objective = make_objective(self.config, self.tokenizer)
         self.data = prepare(self.config, self.tokenizer, self.objective, show_progress=False)

@@ -32,12 +32,12 @@ from tunesmith.train.ranks.stop import stop_request
 def body(arguments):
     values = dict(argument.split("=", 1) for argument in arguments)
     restart, folder = int(os.environ["TUNESMITH_RESTART"]), Path(values["output_dir"])
-    with open("starts.jsonl", "a") as file:
-        file.write(json.dumps({"restart": restart, "arguments": arguments, "at": time.monotonic()}) + "\\n")
     how = values["dies"].split(",")
     how = how[min(restart, len(how) - 1)]
     with stop_request.listening():
         stop_request.defer(lambda: "finishing the step, then saving")
+        with open("starts.jsonl", "a") as file:  # a test may send its signal from here on
+            file.write(json.dumps({"restart": restart, "arguments": arguments, "at": time.monotonic()}) + "\\n")
         done = max((int(path.name[5:]) for path in folder.glob("checkpoints/step-*")), default=0)
         if how == "mistake":
             raise ConfigError("learning_rate must be above 0.")
@@ -167,7 +167,9 @@ def test_what_cannot_or_need_not_be_done_again_is_not(supervise, tmp_path: Path,
 def test_a_signal_is_passed_on_the_run_saves_and_is_not_started_again(
     supervise, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = supervise(dies="never", step_seconds="0.05")
+    process = supervise(
+        dies="never", step_seconds="0.4"
+    )  # long enough to say on a busy machine what is being waited for
     wait_for_start(tmp_path, 1)
     process.send_signal(number)
     _, err = process.communicate(timeout=30)

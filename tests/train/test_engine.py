@@ -96,7 +96,9 @@ def test_a_live_model_whose_mask_leaves_position_ids_out_is_noticed(
 ) -> None:
     """Behind the twin of its config, which has been asked before (tests/train/model/test_packing.py)."""
     model = make_model("gpt_oss", **GPT_OSS)
-    ((packed, unpacked),) = ranks(1).run(refusal, overrides=overrides_of(0, setting, model=model))
+    ((packed, unpacked),) = ranks(1).run(
+        refusal, overrides=overrides_of(0, setting, "model.attention=eager", model=model)
+    )
     assert packed.startswith(f"ModelError: {model} with eager attention lets packed records see each other")
     assert "do: set batch.packing=none" in packed
     assert "at: model.attention" in unpacked
@@ -106,18 +108,17 @@ def moved_by_a_stranger(rank: Any, overrides: list[str]) -> list[float]:
     """On a rank: how far the logits of a sequence's first and second record move when the first one changes."""
     import torch
 
+    from tunesmith.train.model.attention import offering
+
     with rank.ready(overrides) as (loop, _), torch.no_grad():
         engine, store = loop.session.engine, loop.run.data.train
         engine.eval()
         batch = store.batch([0], pad_token_id=0)
         first, second = (int(end) for end in store.record_starts[1:3] - store.record_starts[0])
-        before = engine.module(
-            input_ids=batch.inputs["input_ids"], position_ids=batch.inputs["position_ids"], use_cache=False
-        ).logits[0]
-        batch.inputs["input_ids"][0, 1] += 1
-        after = engine.module(
-            input_ids=batch.inputs["input_ids"], position_ids=batch.inputs["position_ids"], use_cache=False
-        ).logits[0]
+        with offering(batch.segments):
+            before = engine.module(**batch.inputs, use_cache=False).logits[0]
+            batch.inputs["input_ids"][0, 1] += 1
+            after = engine.module(**batch.inputs, use_cache=False).logits[0]
         moved = (after - before).abs().amax(-1)
         return [float(moved[:first].max()), float(moved[first:second].max())]
 

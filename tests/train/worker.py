@@ -25,7 +25,7 @@ from tunesmith.train.data.prepare import prepare
 from tunesmith.train.data.tokenizer import load_tokenizer
 from tunesmith.train.model.kernel_choice import choose_kernels
 from tunesmith.train.model.load import check_model
-from tunesmith.train.model.packing import choose_packing
+from tunesmith.train.model.packing import settle
 from tunesmith.train.objective.objective import make_objective
 from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
@@ -118,7 +118,7 @@ class Rank:
         """
         if config.engine.precision is Precision.fp16:
             get_accelerator().is_fp16_supported = lambda: True
-        config.batch.packing = choose_packing(config, check_model(config), self.device, reporter.note)
+        settle(config, check_model(config), self.device, reporter.note)
         tokenizer = load_tokenizer(config.model, config.data)
         objective = make_objective(config, tokenizer)
         data = prepare(config, tokenizer, objective, show_progress=False)

@@ -10,7 +10,7 @@ One split of the data is a folder of arrays. Examples lie in the order they are 
     places.json    where each example came from
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,12 +19,14 @@ import orjson
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.attention.segments import Segments
 from tunesmith.train.config.config import Packing
 from tunesmith.train.data.example import Example
 from tunesmith.train.data.packing import pack
 
 IGNORE_INDEX = -100
 WIDTH_MULTIPLE = 8  # unpacked batches are as wide as a multiple of this: tensor cores like it
+PADDING_SEGMENT = 64  # tokens: padding sees itself in pieces of so many, which is cheap however much there is
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Batch:
     inputs is what the model's forward gets by name: input_ids, [B, S] int64, and position_ids, [B, S] int64, from 0
     again at each part and at the padding where sequences are packed, else 0..S - 1. columns holds what the objective
     knows of each label, [B, S]: `weights`, float32, 0 where a label is ignored; and, where its examples have columns or
-    parts, those by name and `example`, int64: the number of the example in the batch, -1 for padding.
+    parts, those by name and `example`, int64: the number of the example in the batch, -1 for padding. Tokens of other
+    segments must not see each other.
     """
 
     inputs: dict[str, Tensor]
@@ -42,6 +45,7 @@ class Batch:
     columns: dict[str, Tensor]
     target_rows: Tensor  # [N] int64: flat indices b * S + s of the labels that count
     lengths: Tensor  # [B] int64: tokens of each sequence, before its padding
+    segments: Segments
     num_examples: int  # as all counts, known without waiting for the device: what a loss may be divided by
     num_target_tokens: int  # labels that count
     target_weight: float  # sum of weights
@@ -67,13 +71,26 @@ class Batch:
             pinned = tensor.pin_memory() if to_cuda and tensor.device.type == "cpu" else tensor
             return pinned.to(device, non_blocking=to_cuda)
 
+        return self._mapped(moved)
+
+    def each(self, do: Callable[[Tensor], None]) -> None:
+        """Calls a function with every tensor."""
+
+        def done(tensor: Tensor) -> Tensor:
+            do(tensor)
+            return tensor
+
+        self._mapped(done)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
-            inputs={name: moved(tensor) for name, tensor in self.inputs.items()},
-            labels=moved(self.labels),
-            columns={name: moved(tensor) for name, tensor in self.columns.items()},
-            target_rows=moved(self.target_rows),
-            lengths=moved(self.lengths),
+            inputs={name: change(tensor) for name, tensor in self.inputs.items()},
+            labels=change(self.labels),
+            columns={name: change(tensor) for name, tensor in self.columns.items()},
+            target_rows=change(self.target_rows),
+            lengths=change(self.lengths),
+            segments=self.segments.with_cu_seqlens(change(self.segments.cu_seqlens)),
         )
 
 
@@ -141,15 +158,17 @@ class TokenStore:
             columns["example"] = self._example_numbers(sequence_ids, shape)
         target_rows = np.flatnonzero(weights)
         lengths = np.array([self.lengths[i] if i >= 0 else 0 for i in sequence_ids], dtype=np.int64)
+        seen_together = [self._seen_together(i) if i >= 0 else np.array([], dtype=np.int64) for i in sequence_ids]
         return Batch(
             inputs={
                 "input_ids": torch.from_numpy(input_ids),
-                "position_ids": torch.from_numpy(self._positions(rows, shape)),
+                "position_ids": torch.from_numpy(self._positions(seen_together, shape)),
             },
             labels=torch.from_numpy(labels),
             columns={name: torch.from_numpy(column) for name, column in columns.items()},
             target_rows=torch.from_numpy(target_rows),
             lengths=torch.from_numpy(lengths),
+            segments=Segments.of_rows([[*sizes, *_padding(shape[1] - sizes.sum())] for sizes in seen_together]),
             num_examples=sum(int(self.sequences[i + 1] - self.sequences[i]) for i in sequence_ids if i >= 0),
             num_target_tokens=len(target_rows),
             target_weight=float(weights.sum(dtype=np.float64)),
@@ -170,17 +189,21 @@ class TokenStore:
         longest = max((int(self.lengths[sequence_id]) for sequence_id in sequence_ids if sequence_id >= 0), default=1)
         return min(-(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.sequence_length)
 
-    def _positions(self, rows: list[tuple[int, slice]], shape: tuple[int, int]) -> np.ndarray:
+    def _positions(self, seen_together: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
         """[B, S] int64: from 0 again at each part and where the padding starts, if tokens must not see each other."""
         positions = np.tile(np.arange(shape[1]), (shape[0], 1))
-        if not self.is_isolated:
-            return positions
-        for row, tokens in rows:
-            first, last = np.searchsorted(self.part_starts, (tokens.start, tokens.stop))
-            starts = np.append(self.part_starts[first:last] - tokens.start, tokens.stop - tokens.start)
-            sizes = np.diff(np.append(starts, shape[1]))
-            positions[row] -= np.repeat(starts, sizes)
+        for row, sizes in enumerate(seen_together if self.is_isolated else []):
+            with_padding = np.append(sizes, shape[1] - sizes.sum())
+            positions[row] -= np.repeat(np.cumsum(with_padding) - with_padding, with_padding)
         return positions
+
+    def _seen_together(self, sequence_id: int) -> np.ndarray:
+        """Tokens of each part of a sequence, [n]; of all of it, where it holds none that must not see each other."""
+        tokens = self._slice(sequence_id)
+        if not self.is_isolated:
+            return np.array([tokens.stop - tokens.start])
+        first, last = np.searchsorted(self.part_starts, (tokens.start, tokens.stop))
+        return np.diff(np.append(self.part_starts[first:last], tokens.stop))
 
     def _example_numbers(self, sequence_ids: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
         """[B, S] int64: which example of the batch each token is of; -1 for padding."""
@@ -192,6 +215,12 @@ class TokenStore:
                 numbers[row, : sizes.sum()] = np.repeat(np.arange(first, first + len(sizes)), sizes)
                 first += len(sizes)
         return numbers
+
+
+def _padding(num_tokens: int) -> list[int]:
+    """The segments of so much padding."""
+    whole, rest = divmod(int(num_tokens), PADDING_SEGMENT)
+    return [PADDING_SEGMENT] * whole + ([rest] if rest else [])
 
 
 def write_store(folder: Path, examples: list[Example], *, sequence_length: int, packing: Packing) -> None:

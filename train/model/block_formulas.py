@@ -101,8 +101,8 @@ def rope_angles(function: Callable[..., Any], dtype: torch.dtype) -> frozenset[t
 
 @contextmanager
 def _asking() -> Iterator[None]:
-    """Inside, numbers are the same each time, and the run's own random numbers stay as they are."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    """Inside, numbers are the same each time and on the CPU, and the run's own random numbers stay as they are."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
         torch.manual_seed(0)
         yield
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.kernels.attention.segments import Segments
 from tunesmith.train.config.config import Attention, Config, Packing, Precision
 from tunesmith.train.errors import ModelError
+from tunesmith.train.model.attention import offering, shown, use_segments
 from tunesmith.train.model.load import DTYPES, empty_model, quiet_transformers
 
 RECORD_TOKENS = 8
@@ -23,22 +25,50 @@ RECORD_TOKENS = 8
 # twins of 132 families, in fp32: up to 1.2e-6, or 0.1 and more.
 TOLERANCE = {Precision.fp32: 1e-3, Precision.bf16: 0.1, Precision.fp16: 0.1}
 TWIN_WIDTH, TWIN_HEADS, TWIN_VOCABULARY = 64, 4, 64
+TWIN_WINDOW = 5  # tokens; shorter than the records, so that a window that is passed over is seen
 MAX_TWIN_PARAMETERS = 1_000_000_000
+OURS = (Attention.auto, Attention.segments)
 
 
-def choose_packing(config: Config, hf_config: Any, device: torch.device, note: Callable[[str], None]) -> Packing:
-    """What batch.packing comes to with a model, before its weights are loaded: best_fit or none.
+def settle(config: Config, hf_config: Any, device: torch.device, note: Callable[[str], None]) -> None:
+    """Writes down in the config what model.attention=auto and batch.packing=auto come to, before weights are loaded.
 
-    note gets a sentence where auto comes to none. Raises ModelError where best_fit is asked of a model that leaks.
+    Attention becomes segments where the model can do that, and stays auto where it cannot; packing becomes best_fit or
+    none, for which note gets a sentence. Raises ModelError where a model cannot do what is asked of it.
     """
+    twin, precision = _twin(config, hf_config, device)
+    evaluates = bool(config.data.validation_sources or config.data.validation_fraction)
+    sizes, limit = sorted(forward_sizes(config, evaluates=evaluates)), TOLERANCE[precision]
+    if twin and config.model.attention in OURS:
+        if _computes_in_segments(twin, sizes, device, limit):
+            config.model.attention = Attention.segments
+        elif config.model.attention is Attention.segments:
+            raise no_segments(config)
+    config.batch.packing = _packing(config, twin, sizes, limit, device, note)
+
+
+def _computes_in_segments(twin: Any, sizes: list[int], device: torch.device, limit: float) -> bool:
+    """Has a twin compute so, where its packed records then have the logits that they have without us, alone."""
+    before = twin.config._attn_implementation
+    try:
+        if use_segments(twin) and all(packing_difference(twin, size, device) <= limit for size in sizes):
+            return True
+    except Exception:  # whatever a model makes of segments in place of a mask
+        pass
+    if twin.config._attn_implementation != before:
+        twin.set_attn_implementation(before)
+    return False
+
+
+def _packing(
+    config: Config, twin: Any, sizes: list[int], limit: float, device: torch.device, note: Callable[[str], None]
+) -> Packing:
+    name, is_auto = config.model.name_or_path, config.batch.packing is Packing.auto
     if config.batch.packing is Packing.none:
         return Packing.none
-    evaluates = bool(config.data.validation_sources or config.data.validation_fraction)
-    name, is_auto = config.model.name_or_path, config.batch.packing is Packing.auto
-    twin, precision = _twin(config, hf_config, device)
-    for num_sequences in sorted(forward_sizes(config, evaluates=evaluates)) if twin else ():
+    for num_sequences in sizes if twin else ():
         difference = packing_difference(twin, num_sequences, device)
-        if difference <= TOLERANCE[precision]:
+        if difference <= limit:
             continue
         error = leak_error(config, twin.config, difference, num_sequences)
         if not is_auto:
@@ -63,7 +93,7 @@ def leak_error(config: Config, hf_config: Any, difference: float, num_sequences:
     """That packed records see each other."""
     packs = config.batch.packing is not Packing.none
     return ModelError(
-        f"{config.model.name_or_path} with {hf_config._attn_implementation} attention lets packed records see each "
+        f"{config.model.name_or_path} with {shown(hf_config)} attention lets packed records see each "
         f"other: their logits are {difference:.0%} off in forwards of {num_sequences} sequences.",
         at="batch.packing" if packs else "model.attention",
         do="set batch.packing=none, or try another model.attention."
@@ -72,17 +102,28 @@ def leak_error(config: Config, hf_config: Any, difference: float, num_sequences:
     )
 
 
+def no_segments(config: Config) -> ModelError:
+    """That the model's attention is not one that ours can stand in for."""
+    return ModelError(
+        f"{config.model.name_or_path} has other logits with attention inside segments, or does not take it.",
+        at="model.attention",
+        do="set model.attention=auto.",
+    )
+
+
 @torch.no_grad()
 def packing_difference(model: Any, num_sequences: int, device: torch.device) -> float:
     """How far the logits of the second of two packed records are from those it has alone, relative to their spread.
 
-    NaN where they are not finite. Under ZeRO 3 every rank calls it.
+    Packed, a model gets the segments; alone, none, and so computes as transformers has it. NaN where logits are not
+    finite. Under ZeRO 3 every rank calls it.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (num_sequences, 2 * RECORD_TOKENS), generator=generator).to(device)
     positions = torch.arange(RECORD_TOKENS, device=device).expand(num_sequences, -1)
-    packed = _logits(model, ids, positions.repeat(1, 2))[:, RECORD_TOKENS:]
+    with offering(Segments.of_rows([[RECORD_TOKENS] * 2] * num_sequences, device)):
+        packed = _logits(model, ids, positions.repeat(1, 2))[:, RECORD_TOKENS:]
     alone = _logits(model, ids[:, RECORD_TOKENS:], positions)
     return float((packed - alone).norm() / (alone - alone.mean(-1, keepdim=True)).norm())
 
@@ -134,6 +175,8 @@ def _narrow_mlp(config: Any) -> None:
             setattr(config, name, min(value, TWIN_WIDTH))
         elif isinstance(value, int) and "vocab_size" in name:
             setattr(config, name, min(value, TWIN_VOCABULARY))
+        elif name in ("sliding_window", "attention_chunk_size") and isinstance(value, int):
+            setattr(config, name, min(value, TWIN_WINDOW))
         elif name in ("pad_token_id", "bos_token_id", "eos_token_id", "num_kv_shared_layers") and value is not None:
             setattr(config, name, 0)
     _lower(config, "num_hidden_layers", fewest)

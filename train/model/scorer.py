@@ -13,6 +13,7 @@ from tunesmith.kernels.cross_entropy import token_nll
 from tunesmith.train.config.config import Kernels
 from tunesmith.train.data.store import Batch
 from tunesmith.train.errors import TrainingError
+from tunesmith.train.model.attention import offering
 from tunesmith.train.model.output_head import TargetRows, loss_in_head
 from tunesmith.train.model.router_loss import ASKED_BY, RouterLoss
 
@@ -150,9 +151,12 @@ class Scorer:
     def _forward(self, batch: Batch) -> Any:
         """The model's outputs, by name: which there are, and in which order, is for its config.json to say."""
         asked: dict[str, Any] = {"use_cache": False, "return_dict": True}
+        if self.router_loss is not None:
+            asked[ASKED_BY] = torch.is_grad_enabled()
+        with offering(batch.segments):
+            outputs = self._engine_forward(**batch.inputs, **asked)
         if self.router_loss is None:
-            return self._engine_forward(**batch.inputs, **asked)
-        outputs = self._engine_forward(**batch.inputs, **asked, **{ASKED_BY: torch.is_grad_enabled()})
+            return outputs
         if torch.is_grad_enabled():
             self._router_losses.append(self.router_loss(outputs, batch))
         return outputs

@@ -117,7 +117,7 @@ def config_of(combination: Combination, folder: Path, *overrides: str) -> Any:
         [
             *("model=hub", f"model.name_or_path='{folder}'", "data.train=none.jsonl", "track=none", engine),
             f"engine.precision={combination.precision}",
-            f"model.gradient_checkpointing={str(combination.reuse == 'recomputed').lower()}",
+            f"memory.recompute={int(combination.reuse == 'recomputed')}",
             *(
                 "model.attention=eager",
                 f"adapter={combination.adapter}",
@@ -184,6 +184,7 @@ def batch_of(rows: slice) -> Any:
     """Some sequences of the global batch, as data/store.py makes a batch."""
     import torch
 
+    from tunesmith.kernels.attention.segments import Segments
     from tunesmith.train.data.store import IGNORE_INDEX, Batch
 
     ids, weights = (part[rows] for part in sequences())
@@ -195,6 +196,7 @@ def batch_of(rows: slice) -> Any:
         columns={"weights": weights},
         target_rows=target_rows,
         lengths=torch.full((len(ids),), TOKENS),
+        segments=Segments.of_rows([[TOKENS]] * len(ids)),
         num_examples=len(ids),
         num_target_tokens=len(target_rows),
         target_weight=float(weights.double().sum()),

@@ -332,16 +332,16 @@ def curve(rank: Any, overrides: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "family", "adapter", "checkpointing"),
+    ("stage", "family", "adapter", "memory"),
     covered(
         [
-            (0, "gemma2", "none", "true"),
-            (1, "qwen3", "none", "false"),
-            (2, "phi3", "lora", "true"),
-            (3, "gemma2", "none", "true"),
-            (3, "qwen3", "lora", "true"),
+            (0, "gemma2", "none", "recompute"),
+            (1, "qwen3", "none", "keep"),
+            (2, "phi3", "lora", "recompute"),
+            (3, "gemma2", "none", "recompute"),
+            (3, "qwen3", "lora", "recompute"),
         ],
-        [(3, "gemma2", "none", "true")],
+        [(3, "gemma2", "none", "recompute")],
     ),
 )
 def test_the_loss_curve_is_the_same_at_every_stage(
@@ -351,9 +351,9 @@ def test_the_loss_curve_is_the_same_at_every_stage(
     stage: int,
     family: str,
     adapter: str,
-    checkpointing: str,
+    memory: str,
 ) -> None:
-    own = [f"model.gradient_checkpointing={checkpointing}", f"adapter={adapter}", "checkpoint.at_end=false"]
+    own = [f"memory={memory}", f"adapter={adapter}", "checkpoint.at_end=false"]
     own += ["batch.global_batch_size=4", "batch.micro_batch_size=1", "optimizer.learning_rate=1e-2"]
     settings, counts = FAMILIES[family]
     common = short_run(stage, 3, *own, records=13, splits_all=True, model=make_model(family, **settings))

@@ -15,7 +15,7 @@ from tunesmith.train.config.compose import Composed, compose_config
 from tunesmith.train.config.config import Packing
 from tunesmith.train.errors import ModelError
 from tunesmith.train.model.load import check_model
-from tunesmith.train.model.packing import choose_packing
+from tunesmith.train.model.packing import settle
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.run.run import _prepare
 from tunesmith.train.track.reporter import Reporter
@@ -36,12 +36,10 @@ QWEN3_NEXT = {
     "shared_expert_intermediate_size": 16,
 }
 LEAKING: dict[str, dict[str, Any]] = {
-    "gpt_oss": GPT_OSS,
     "mamba": {"state_size": 4},
     # Only its third layer leaks: a twin has as many layers as show each kind.
     "lfm2": {"layer_types": ["full_attention"] * 2 + ["conv", "full_attention"], "num_hidden_layers": 4},
     "falcon": {"ffn_hidden_size": 64, "num_kv_heads": 4},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "bloom": {},
     "qwen3_next": QWEN3_NEXT,
 }
@@ -50,8 +48,10 @@ PACKED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gpt_oss": GPT_OSS,
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
 }
-QUICK = ("gpt_oss", "lfm2")
+QUICK = ("lfm2",)
 
 
 @pytest.fixture
@@ -87,7 +87,8 @@ def composed_of(model: Path, *overrides: str) -> Composed:
 
 def chosen(model: Path, *overrides: str) -> tuple[Packing, list[str]]:
     config, notes = composed_of(model, *overrides).config, list[str]()
-    return choose_packing(config, check_model(config), CPU, notes.append), notes
+    settle(config, check_model(config), CPU, notes.append)
+    return config.batch.packing, notes
 
 
 @pytest.mark.parametrize("family", LEAKING)
@@ -131,10 +132,12 @@ def test_a_model_that_cannot_be_tried_is_trained_unpacked_unless_packing_is_aske
     config = check_model(composed_of(model).config)
     config.num_attention_heads, config.head_dim, notes = 4, 3, list[str]()
     composed = composed_of(model)
-    assert choose_packing(composed.config, config, CPU, notes.append) is Packing.none
+    settle(composed.config, config, CPU, notes.append)
+    assert composed.config.batch.packing is Packing.none
     assert "is not known before it is loaded" in notes[0]
     composed.config.batch.packing = Packing.best_fit
-    assert choose_packing(composed.config, config, CPU, notes.append) is Packing.best_fit
+    settle(composed.config, config, CPU, notes.append)
+    assert composed.config.batch.packing is Packing.best_fit
 
 
 def prepared(model: Path, records: Path, cache: Path, packing: str) -> tuple[str, Any, bool, Any]:
@@ -146,7 +149,7 @@ def prepared(model: Path, records: Path, cache: Path, packing: str) -> tuple[str
     return (found.fingerprint, identity.fingerprint, found.train.is_packed, yaml.safe_dump(composed.resolved["batch"]))
 
 
-@pytest.mark.parametrize(("family", "same_as"), [("llama", "best_fit"), ("gpt_oss", "none")])
+@pytest.mark.parametrize(("family", "same_as"), [("llama", "best_fit"), ("lfm2", "none")])
 def test_cache_checkpoint_and_run_folder_know_what_auto_came_to(
     family: str, same_as: str, model_of: Callable[[str], Path], make_records: Callable[..., Path], data_cache: Path
 ) -> None:
