@@ -24,7 +24,7 @@ from tunesmith.train.model.block_formulas import NormFormula, glu_activation, no
 from tunesmith.train.zero.sharding import full_shape
 
 ROPE = "apply_rotary_pos_emb"  # the name by which the attention of a model of transformers calls it
-GATED, PACKED = {"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}
+MLPS = {"mlp": {"gate_proj", "up_proj", "down_proj"}, "packed mlp": {"gate_up_proj", "down_proj"}}  # by their children
 ACTIVATION_NAMES = {"act_fn", "activation_fn"}
 # Against transformers' own modules on one core of a CPU, process time of forward and backward in turns: a norm takes
 # 1.4 times as long at 1,024 elements, 1.05 at 32,768, 0.9 at 65,536, 0.3 at 400,000; a rotation 1.0 to 0.5 times; the
@@ -46,7 +46,7 @@ def use_block_kernels(model: nn.Module, kernels: Kernels, device: torch.device) 
     ask = _Asked(model, backend, least_elements=CPU_LEAST_ELEMENTS if on_cpu else 0)
     for module in model.modules():
         kind = None if "forward" in vars(module) else _kind(module)
-        if kind is None or (kind in (GATED, PACKED) and on_cpu and not GLU_ON_CPU):
+        if kind is None or (kind in MLPS and on_cpu and not GLU_ON_CPU):
             continue
         forward = ask.forward_of(module, kind)
         if isinstance(forward, str):
@@ -58,18 +58,15 @@ def use_block_kernels(model: nn.Module, kernels: Kernels, device: torch.device) 
     ]
 
 
-Kind = set[str] | str
-
-
-def _kind(module: nn.Module) -> Kind | None:
-    """What a module looks like: a norm, a gated MLP, an attention that rotates; None for anything else."""
+def _kind(module: nn.Module) -> str | None:
+    """What a module looks like: norm, mlp, packed mlp, rotation; None for anything else."""
     children = set(dict(module.named_children()))
     if not children and set(module._parameters) == {"weight"} and any("eps" in name for name in vars(module)):
         return "norm" if module.weight is not None and len(full_shape(module.weight)) == 1 else None  # type: ignore[arg-type]
-    for names in (GATED, PACKED):
+    for kind, names in MLPS.items():
         if names <= children and children - names <= ACTIVATION_NAMES and not module._parameters:
-            return names
-    return ROPE if _rotation_of(module) else None
+            return kind
+    return "rotation" if _rotation_of(module) else None
 
 
 def _rotation_of(module: nn.Module) -> Callable[..., Any] | None:
@@ -91,25 +88,29 @@ class _Asked:
         self._known: dict[Any, Any] = {}
         self._rotating = cache(self._make_rotating)
 
-    def forward_of(self, module: nn.Module, kind: Kind) -> Callable[..., Any] | str:
+    def forward_of(self, module: nn.Module, kind: str) -> Callable[..., Any] | str:
         """What to put in place of its forward, or why not."""
-        if kind == ROPE:
+        if kind == "rotation":
             return self._attention(module)
         if kind == "norm":
-            formula = self._once(module, norm_formula, full_shape(module.weight))  # type: ignore[arg-type]
+            weight: Any = module.weight
+            formula = self._once(module, norm_formula, (full_shape(weight), weight.dtype))
             if formula is None:
                 return "it is no RMSNorm that they know"
             return _Norm(module, formula, self._backend, self._least_elements).forward
         if any(child._forward_hooks or child._forward_pre_hooks for child in _activations(module)):
             return "hooks on its activation would not run"
-        activation = self._once(module, lambda it: glu_activation(it, packed=kind == PACKED), _activations(module))
+        activation = self._once(
+            module, lambda it: glu_activation(it, packed=kind == "packed mlp"), _activations(module)
+        )
         if not activation:
             return "it is no activation(gate) * up that they know"
-        return (_PackedMlp if kind == PACKED else _Mlp)(module, activation, self._backend).forward
+        return (_PackedMlp if kind == "packed mlp" else _Mlp)(module, activation, self._backend).forward
 
-    def _once(self, module: nn.Module, ask: Callable[[nn.Module], Any], shape: Any) -> Any:
-        plain = {name: it for name, it in vars(module).items() if isinstance(it, int | float | str | tuple | None)}
-        key = (type(module), repr(plain), repr(shape), self._dtype)
+    def _once(self, module: nn.Module, ask: Callable[[nn.Module], Any], more: Any) -> Any:
+        own = {name: it for name, it in vars(module).items() if name not in vars(nn.Module())}
+        plain = {name: it if isinstance(it, int | float | str | tuple | None) else id(it) for name, it in own.items()}
+        key = (type(module), repr(plain), repr(more))
         if key not in self._known:
             self._known[key] = ask(module)
         return self._known[key]
