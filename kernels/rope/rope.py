@@ -29,7 +29,7 @@ def rope(
     Args:
         q_BHTK, k_BGTK: [B, H, T, K] and [B, G, T, K] of one dtype, K even. Any strides but along K.
         cos_BTK, sin_BTK: [B or 1, T, K], of any float dtype; they have no gradient.
-    Returns: the rotated q and k, in their dtype and their order in memory.
+    Returns: the rotated q and k, in their dtype. They and gradients lie in memory as projections do, [B, T, H, K].
     Raises: ValueError when shapes, dtypes or devices do not fit.
     """
     batch, _, positions, features = q_BHTK.shape

@@ -13,7 +13,8 @@ def rotate(
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transposed: bool) -> torch.Tensor:
-    y = x * cos
+    B, H, T, K = x.shape
+    y = torch.mul(x, cos, out=x.new_empty(B, T, H, K, dtype=cos.dtype).transpose(1, 2))
     (a, b), (y_a, y_b), (sin_a, sin_b) = x.chunk(2, -1), y.chunk(2, -1), sin.chunk(2, -1)
     if transposed:
         y_a.addcmul_(b, sin_b)

@@ -66,7 +66,7 @@ def rotate(
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     batch, heads, positions, features = q.shape
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    q_out, k_out = (x.new_empty(batch, positions, x.shape[1], features).transpose(1, 2) for x in (q, k))
     strides = [stride for x in (q, k, q_out, k_out) for stride in x.stride()[:3]]
     cos_B = cos.stride(0) if len(cos) == batch else 0
     rope_kernel[positions, batch](

@@ -27,9 +27,9 @@ ROPE = "apply_rotary_pos_emb"  # the name by which the attention of a model of t
 MLPS = {"mlp": {"gate_proj", "up_proj", "down_proj"}, "packed mlp": {"gate_up_proj", "down_proj"}}  # by their children
 ACTIVATION_NAMES = {"act_fn", "activation_fn"}
 # Against transformers' own modules on one core of a CPU, process time of forward and backward in turns: a norm takes
-# 1.4 times as long at 1,024 elements, 1.05 at 32,768, 0.9 at 65,536, 0.3 at 400,000; a rotation 1.0 to 0.5 times; the
-# activation, which costs more to compute again than to keep, 1.5 to 2.7 times.
-CPU_LEAST_ELEMENTS = 2**16  # of a norm's input
+# 1.4 times as long at 1,024 elements, 1.05 at 32,768, 0.9 at 65,536, 0.3 at 400,000; a rotation 1.1 at 16,384 of q, 0.9
+# at 131,072, 0.5 at 262,144; the activation, which costs more to compute again than to keep, 1.5 to 2.7 times.
+CPU_LEAST_ELEMENTS = 2**16  # of a norm's input, and of q
 GLU_ON_CPU = False
 
 
@@ -128,7 +128,7 @@ class _Asked:
         angles = rope_angles(rotation, self._dtype)
         if not angles:
             return None
-        names = {**theirs.__globals__, ROPE: _rotation(rotation, angles, self._backend)}
+        names = {**theirs.__globals__, ROPE: _rotation(rotation, angles, self._backend, self._least_elements)}
         ours = types.FunctionType(theirs.__code__, names, theirs.__name__, theirs.__defaults__, theirs.__closure__)
         ours.__kwdefaults__ = theirs.__kwdefaults__
         return ours
@@ -138,10 +138,13 @@ def _activations(module: nn.Module) -> list[nn.Module]:
     return [child for name, child in module.named_children() if name in ACTIVATION_NAMES]
 
 
-def _rotation(theirs: Callable[..., Any], angles: frozenset[torch.dtype], backend: Backend) -> Callable[..., Any]:
+def _rotation(
+    theirs: Callable[..., Any], angles: frozenset[torch.dtype], backend: Backend, least_elements: int
+) -> Callable[..., Any]:
     def rotate(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = not (args or kwargs) and q.ndim == 4 and cos.dtype in angles and not cos.requires_grad
-        if plain and q.dtype == k.dtype and cos.shape in (q[:, 0].shape, q[:1, 0].shape) and not is_autocast(q.device):
+        plain = q.numel() >= least_elements and not (args or kwargs) and q.ndim == 4 and not is_autocast(q.device)
+        angled = plain and cos.shape in (q[:, 0].shape, q[:1, 0].shape) and not cos.requires_grad
+        if angled and cos.dtype in angles and q.dtype == k.dtype:
             return rope(q, k, cos, sin, backend=backend)
         return theirs(q, k, cos, sin, *args, **kwargs)
 
