@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster test-all torture planted test-gpu lint format docs bench bench-gpu bench-crash engine-check kernels-check kernels-report clean
+.PHONY: help demo test test-slow test-cluster test-all torture planted test-gpu lint format docs bench step-proxies bench-gpu bench-crash engine-check kernels-check kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ docs: $(INSTALLED)  ## write docs/config.md from the schemas
 bench: $(INSTALLED)  ## tokens per second against transformers.Trainer and TRL, on the CPU
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python bench/cpu_throughput.py
+
+step-proxies: $(INSTALLED)  ## what a step costs whatever the machine's mood: waits, masks, bytes, launches
+	$(BIN)/python bench/step_proxies.py --list
 
 bench-gpu: $(INSTALLED)  ## the kernels against Liger, CCE, PEFT and others, on a GPU; about five minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable
 
@@ -69,17 +70,20 @@ def optimizer_step(
     update = engine.step()
     row = numbers_on(engine.device, vote().row(engine.world))
     sums_here = torch.cat([torch.stack([loss, *totals.values(), *extra_totals.values()]), row])
-    _, target_tokens, tokens, mean, *said = torch.cat([counts, sum_over_ranks(sums_here)]).tolist()
+    # The one place of a step that waits for the device.
+    said = torch.cat([counts, update.norm[None], sum_over_ranks(sums_here)]).tolist()
+    _, target_tokens, tokens, grad_norm, mean, *said = said
+    applied = math.isfinite(grad_norm)
     busy.finish()
     of_objective, of_model = ({name: said.pop(0) for name in names} for names in (totals, extra_totals))
     return Step(
         loss=mean,
-        grad_norm=update.grad_norm,
-        applied=update.applied,
+        grad_norm=grad_norm,
+        applied=applied,
         tokens=int(tokens),
         target_tokens=int(target_tokens),
         consensus=StepConsensus.of(said),
-        not_finite=() if update.applied else losses_not_finite(losses),
+        not_finite=() if applied else losses_not_finite(losses),
         metrics=(objective.metrics(of_objective) if totals else {}) | of_model,
     )
 
