@@ -66,8 +66,9 @@ def _real_gpu(device: torch.device) -> GPU:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Inside, products are of the dtypes they are given: autocast would round float32 ones to 16 bits."""
-    is_enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)  # which it does not know
-    return torch.autocast(device.type, enabled=False) if is_enabled else nullcontext()
+    kind = device.type
+    could = torch.amp.is_autocast_available(kind)  # not on meta tensors
+    return torch.autocast(kind, enabled=False) if could and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def on_its_device(device: torch.device) -> AbstractContextManager[object]:

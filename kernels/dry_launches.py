@@ -65,18 +65,18 @@ def dry_launches(arch: int) -> Iterator[list[Launch]]:
 
 
 def _noting(found: list[Launch], arch: int) -> Callable[..., bool]:
-    def hook(*, key: str, fn: Any, **given: Any) -> bool:
-        how = given["compile"]  # a dict
+    def hook(*, key: str, fn: Any, **more: Any) -> bool:
+        what = more["compile"]
         found.append(
             Launch(
                 kernel=fn.jit_function,
                 arch=arch,
                 key=f"{fn.name} {key}",
-                signature=how["signature"],
-                constants=how["constants"],
-                attributes=how["configs"][0],
-                num_warps=how["num_warps"],
-                num_stages=how["num_stages"],
+                signature=what["signature"],
+                constants=what["constants"],
+                attributes=what["configs"][0],
+                num_warps=what["num_warps"],
+                num_stages=what["num_stages"],
             )
         )
         return True  # "compiled elsewhere": Triton does nothing more
