@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -124,6 +125,7 @@ def count_step(scratch: Path) -> tuple[Counted, float]:
     from tunesmith.train.config.compose import compose_config
     from tunesmith.train.data.prepare import prepare
     from tunesmith.train.data.tokenizer import load_tokenizer
+    from tunesmith.train.model import block_kernels
     from tunesmith.train.model.activations import count_activations, predict_activations
     from tunesmith.train.model.load import check_model
     from tunesmith.train.model.packing import settle
@@ -147,7 +149,8 @@ def count_step(scratch: Path) -> tuple[Counted, float]:
     data = prepare(config, tokenizer, objective, show_progress=False)
     parts: dict[str, Any] = {"tokenizer": tokenizer, "objective": objective, "data": data}
     run = make_run(config, World(), device, scratch / "run", kernels=config.kernels, reporter=Silent(None), **parts)
-    loop = Loop(run, open_session(run))
+    with patch.multiple(block_kernels, CPU_LEAST_ELEMENTS=0, GLU_ON_CPU=True):  # as on a GPU
+        loop = Loop(run, open_session(run))
     loop.stop.begin()
     loop.step()
     loop.step()

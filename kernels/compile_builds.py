@@ -1,9 +1,13 @@
 """Every way in which the Triton kernels are shipped, for the cross-compiler (compile_report.py)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from tunesmith.kernels import leaf_calls
 from tunesmith.kernels.blocks import Block, block
+from tunesmith.kernels.dry_launches import Launch, dry_launches
 from tunesmith.kernels.lce import anchored, anchored_kernels, chunked
 from tunesmith.kernels.lora import block_tables, triton_kernels
 
@@ -142,4 +146,36 @@ def _drop_build(arch: int) -> Build:
     return Build(triton_kernels.drop, block_tables.DROP_BLOCK, arch, signature, {}, "bf16", ("N", "K"))
 
 
-BUILDS = {"chunked": chunked_builds, "anchored": anchored_builds, "lora": lora_builds}  # by what ships them
+def leaf_builds(calls: Callable[[], list[leaf_calls.Call]]) -> list[Build]:
+    """What calls on meta tensors launch."""
+    found: dict[tuple[int, str], Build] = {}
+    for arch in ARCHS:
+        with dry_launches(arch) as launches:
+            for call in calls():
+                call()
+        found |= {(arch, launch.key): _launched(launch) for launch in launches}
+    return list(found.values())
+
+
+def _launched(launch: Launch) -> Build:
+    names = launch.kernel.arg_names
+    constants = {names[index]: value for (index,), value in launch.constants.items()}
+    sizes = {name: constants.pop(name) for name in list(constants) if name.startswith("BLOCK")}
+    signature = {name: kind for name, kind in launch.signature.items() if kind != "constexpr" and name not in constants}
+    even = {names[index] for (index,), divisible in launch.attributes.items() if divisible}
+    aligned = tuple(name for name, kind in signature.items() if name in even and not kind.startswith("*"))
+    uneven = [name for name in ("D", "F", "half_K") if name in signature and name not in aligned]
+    pointers = [kind[1:] for kind in signature.values() if kind.startswith("*")]
+    label = " ".join(
+        [pointers[0], *(f"{name}={value}" for name, value in constants.items()), *map("odd {}".format, uneven)]
+    )
+    blocks = block(launch.num_warps, launch.num_stages, **sizes)
+    return Build(launch.kernel, blocks, launch.arch, signature, constants, label, aligned)
+
+
+BUILDS: dict[str, Callable[[], list[Build]]] = {  # by what ships them
+    "chunked": chunked_builds,
+    "anchored": anchored_builds,
+    "lora": lora_builds,
+    **{name: partial(leaf_builds, calls) for name, calls in leaf_calls.CALLS.items()},
+}

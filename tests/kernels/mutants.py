@@ -23,6 +23,7 @@ LOSS = "lce/test_linear_cross_entropy.py"
 USE = "test_kernels_in_use.py"
 LORA = "lora/test_lora_linear.py"
 PHILOX = "test_philox.py"
+NORM, ROPE, GLU = "rms_norm/test_rms_norm.py", "rope/test_rope.py", "glu/test_glu.py"
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,87 @@ LORA_MUTANTS = [
     ),
 ]
 
-MUTANTS = LOSS_MUTANTS + LORA_MUTANTS
+LEAF_MUTANTS = [
+    *mutants(
+        "rms_norm/triton_backend.py",
+        NORM,
+        "tiny_and_large and triton",
+        ("eps left out", "rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)", "rstd = tl.rsqrt(tl.sum(x * x, 1) / D)"),
+    ),
+    *mutants(
+        "rms_norm/triton_backend.py",
+        NORM,
+        "float64s and primes and True-triton",
+        ("the mean over the tile", "tl.sum(x * x, 1) / D + eps", "tl.sum(x * x, 1) / BLOCK_D + eps"),
+        ("the norm's own share left out of dx", "dx = (dy - normed * along[:, None])", "dx = dy"),
+        ("the norm's own share over the tile", "tl.sum(dy * normed, 1) / D", "tl.sum(dy * normed, 1) / BLOCK_D"),
+        ("1 + left out", "        weight += 1\n", "        weight += 0\n"),
+        (
+            "y is written past the row",
+            "y_ND.dtype.element_ty), mask=inside)",
+            "y_ND.dtype.element_ty), mask=rows[:, None] < N)",
+        ),
+    ),
+    *mutants(
+        "rms_norm/triton_backend.py",
+        NORM,
+        "float64s and many and triton",
+        ("only the first rows of a program", "for start in range(part * chunk, tl", "for start in range(part * 0, tl"),
+        ("dweight without the last chunk", "parts.sum(0)", "parts[:-1].sum(0)"),
+    ),
+    *mutants(
+        "rms_norm/triton_backend.py",
+        NORM,
+        "rounded_where_the and triton",
+        ("rounded last", "    if ROUND_FIRST:\n", "    if not ROUND_FIRST:\n"),
+    ),
+    *mutants(
+        "rms_norm/rms_norm.py",
+        NORM,
+        "any_order and torch",
+        ("rows in an order that is not memory's", "order if x.permute(order).is_contiguous() else None", "order"),
+    ),
+    *mutants(
+        "rms_norm/torch_backend.py",
+        NORM,
+        "float64s and primes and torch",
+        ("the row's factor left out of dweight", "torch.mv(scratch_ND.t(), rstd_N)", "scratch_ND.sum(0)"),
+    ),
+    *mutants(
+        "rope/triton_backend.py",
+        ROPE,
+        "float64s and odd and triton",
+        ("the gradient turned the wrong way", "= -sin_high, -sin_low", "= sin_high, sin_low"),
+        ("the halves of sin not exchanged in the gradient", "= -sin_high, -sin_low", "= -sin_low, -sin_high"),
+        ("the first tile of heads alone", "in range(0, heads, BLOCK_H)", "in range(0, BLOCK_H, BLOCK_H)"),
+        ("the angles of the first sequence for all", "cos += b * cos_B + t * cos_T", "cos += t * cos_T"),
+        ("sequences of k as far apart as those of q", "k += b * k_B + t * k_T", "k += b * q_B + t * k_T"),
+    ),
+    *mutants(
+        "rope/triton_backend.py",
+        ROPE,
+        "angles_are_kept and triton",
+        ("strides of sin taken for those of cos", "if cos.stride() != sin.stride() or", "if"),
+        ("an expanded gradient read as it lies", "x if x.stride(-1) == 1 else x.contiguous()", "x"),
+    ),
+    *mutants(
+        "glu/triton_backend.py",
+        GLU,
+        "float64s and tile and triton",
+        ("the slope left out of dgate", "(p + g * slope)", "p"),
+        ("the rest of the cubic's slope", "3 * 0.044715", "2 * 0.044715"),
+        ("a row of y as long as a row of up", "y + row * y_stride", "y + row * up_stride"),
+        ("columns past the end are written", "(g * p * u).to(y.dtype.element_ty), mask=columns < F)", "g * p * u)"),
+    ),
+    *mutants(
+        "glu/torch_backend.py",
+        GLU,
+        "float64s and odd and torch",
+        ("gate and up exchanged in dgate", "dy_NF.to(wide) * up_NF", "dy_NF.to(wide) * gate_NF"),
+    ),
+]
+
+MUTANTS = LOSS_MUTANTS + LORA_MUTANTS + LEAF_MUTANTS
 
 
 def run_tests(mutant: Mutant, planted: bool) -> int:

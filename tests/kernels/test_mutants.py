@@ -14,6 +14,9 @@ QUICK = (  # of each kernel one
     "the mask left out of dA",
     "a member with another's B",
     "DoRA's norm without the cross term",
+    "the norm's own share left out of dx",
+    "the gradient turned the wrong way",
+    "the slope left out of dgate",
 )
 
 

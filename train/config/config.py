@@ -78,7 +78,7 @@ class Config:
     name: str = "run"  # of the run: its folder, its W&B name
     seed: int = 0  # of the data order, the split, random weights and dropout
     output_dir: str | None = None  # the run folder; null: runs/<name>-<date>-<time>
-    kernels: Kernels = Kernels.auto  # of loss and LoRA: triton; torch; auto: triton on a GPU, else torch; off: neither
+    kernels: Kernels = Kernels.auto  # ours: triton; torch; auto: triton on a GPU, else torch; off: the libraries' own
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig

@@ -10,11 +10,12 @@ from tunesmith.kernels.attention.segments import Segments
 from tunesmith.train.config.config import Attention, Config, Kernels
 from tunesmith.train.model.adapter import add_adapter, transformer_blocks
 from tunesmith.train.model.attention import offering, use_segments
+from tunesmith.train.model.block_kernels import use_block_kernels
 from tunesmith.train.model.load import DTYPES, empty_model, quiet_transformers
 from tunesmith.train.model.lora_layers import use_lora_kernels
 from tunesmith.train.model.recompute import chosen_blocks
 
-META = torch.device("meta")
+META, GPU = torch.device("meta"), torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def predict_activations(config: Config, hf_config: Any, num_sequences: int) -> t
             parameter.data = parameter.data.to(DTYPES[config.engine.precision])
         if config.kernels is not Kernels.off:
             use_lora_kernels(model, Kernels.torch, sharded=config.engine.stage == 3)
+            use_block_kernels(model, Kernels.torch, GPU)  # whose memory is planned
     model.train()
     shape = num_sequences, config.batch.sequence_length
     positions = torch.arange(shape[1], device=META).expand(shape)

@@ -22,6 +22,7 @@ from tunesmith.train.files import run_folder
 from tunesmith.train.files.manifest import Identity
 from tunesmith.train.files.run_folder import best_folder
 from tunesmith.train.model.adapter import transformer_blocks
+from tunesmith.train.model.block_kernels import use_block_kernels
 from tunesmith.train.model.load import load_model
 from tunesmith.train.model.lora_layers import use_lora_kernels
 from tunesmith.train.model.size import ModelSize, model_size
@@ -143,6 +144,8 @@ def _make_engine(model: nn.Module, run: Run) -> Engine:
     config, world, device, reporter = run.config, run.world, run.device, run.reporter
     for left_to_peft in use_lora_kernels(model, run.kernels, sharded=config.engine.stage == 3):
         reporter.warn(left_to_peft)
+    for left_to_transformers in use_block_kernels(model, run.kernels, device):
+        reporter.note(left_to_transformers)
     if run.kernels is Kernels.triton and device.type == "cuda":
         reporter.phase(Phase.timing_kernels, words="timing kernels on this GPU, or reading what was timed before")
         use_timed_picks(model, config, world, device, reporter.warn)

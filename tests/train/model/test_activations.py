@@ -12,6 +12,7 @@ from tunesmith.train.config.compose import compose_config
 from tunesmith.train.config.config import Config
 from tunesmith.train.errors import ModelError
 from tunesmith.train.model.activations import Activations, count_activations, predict_activations
+from tunesmith.train.model.block_kernels import use_block_kernels
 from tunesmith.train.model.load import check_model, load_model
 from tunesmith.train.model.lora_layers import use_lora_kernels
 from tunesmith.train.model.packing import settle
@@ -39,6 +40,7 @@ def counted(config: Config, num_sequences: int) -> Activations:
     """Of the model as a run loads it, on the CPU."""
     model = load_model(config, World())
     use_lora_kernels(model, config.kernels, sharded=False)
+    use_block_kernels(model, config.kernels, torch.device("cuda"))  # all of them, as on a GPU
     model.train()
     shape = num_sequences, config.batch.sequence_length
     inputs = {"input_ids": torch.ones(shape, dtype=torch.int64), "position_ids": torch.arange(shape[1]).expand(shape)}
