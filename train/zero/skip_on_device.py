@@ -2,8 +2,8 @@
 
 DeepSpeed 0.19.8 looks for one by reading every gradient again (five operations each) and having the host wait, and then
 asks the norm of all gradients the same, with two more waits. The norm alone says it, on all ranks alike: it is infinite
-or NaN, or DeepSpeed's -1 for that. torch's fused optimizers take that as a tensor, found_inf, and leave weights, moments
-and counts as they are where it is 1.
+or NaN, or DeepSpeed's -1 for that. torch's fused optimizers take that as a tensor, found_inf, and where it is 1 leave
+weights, moments and counts as they are.
 """
 
 import sys
