@@ -1,4 +1,4 @@
-"""The loss of an output head on a GPU, side by side: ours, Liger, CCE, torch's own, torch.compile, and whole logits.
+"""The loss of an output head on a GPU, side by side: ours, Liger, quack, CCE, torch's own, torch.compile, whole logits.
 
     python bench/gpu_loss.py                       on an H200 about four minutes; docs/gpu.md says how on a lent one
     python bench/gpu_loss.py --device cpu --tiny   shows that it works, and measures nothing
@@ -7,7 +7,8 @@ Heads of three models, T tokens of which a share has a label, bfloat16. Contesta
 same rotating inputs, after each has been held against float64 here; one that is more than WRONG off is not timed.
 `limit` is what cuBLAS takes in the same turns for the products that nobody can avoid, of the rows with a label: two
 with a frozen head, three with a trained one, one without gradients. `control` is ours once more, and must read 1.00.
-"Best of Liger and CCE" is the fastest of liger, liger_x8 and cce; memory is held against each of them.
+"Best of Liger and CCE" is the fastest of liger, liger_x8 and cce; memory is held against each of them. "Over all" is
+our speed over the fastest other contestant, Liger's and quack's CuTe kernels included where they are installed.
 """
 
 import gc
@@ -202,10 +203,14 @@ def _is_right(errors: dict[str, Any]) -> bool:
 def _ratios(ours: str | None, times: dict[str, Any], memory: dict[str, int | None]) -> dict[str, Any]:
     """Of our faster back end: its share of the limit, its speed over the best rival, its memory over the least."""
     rivals = [name for name in RIVALS if name in memory]
-    found: dict[str, Any] = {"share_of_limit": None, "best_rival": None, "speed": None, "memory": None}
+    names = ("share_of_limit", "best_rival", "speed", "memory", "strongest", "over_all")
+    found: dict[str, Any] = dict.fromkeys(names)
     if ours is None:
         return found
     found["share_of_limit"] = times["limit"]["ms"] / times[ours]["ms"]
+    if others := [name for name in memory if name not in HIDDEN_PREFIX]:
+        strongest = min(others, key=lambda name: times[name]["ms"])
+        found |= {"strongest": strongest, "over_all": times[strongest]["ms"] / times[ours]["ms"]}
     if rivals:
         best = min(rivals, key=lambda name: times[name]["ms"])
         found |= {"best_rival": best, "speed": times[best]["ms"] / times[ours]["ms"]}
@@ -232,7 +237,7 @@ def rows_of(measured: dict[str, dict[str, Any]], names: list[str]) -> Iterator[l
     """One line a case: milliseconds of each contestant, then ours against the limit and the rivals."""
     for case, result in measured.items():
         times = [_cell(result["contestants"][name]) for name in names]
-        ratios = [result["share_of_limit"], result["speed"], result["memory"], result["control"]]
+        ratios = [result[name] for name in ("share_of_limit", "speed", "over_all", "memory", "control")]
         yield [case, result["limit"]["ms"], *times, *ratios]
 
 
@@ -256,7 +261,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"{name}: done", flush=True)
-    head = ("ms", "limit", *runners, "of limit", "speed", "memory", "control")
+    head = ("ms", "limit", *runners, "of limit", "speed", "over all", "memory", "control")
     controls = [result["control"] for result in measured.values() if result["control"] is not None]
     summary = table(head, list(rows_of(measured, list(runners))))
     summary += "".join(f"\nabsent: {name}: {reason}" for name, reason in absent.items())

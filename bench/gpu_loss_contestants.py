@@ -15,6 +15,7 @@ from tunesmith.kernels.lce.linear_cross_entropy import linear_cross_entropy
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 COMPILED_CHUNKS = 8
+QUACK_CHUNK = 4096  # its default
 LIGER_BUDGET = 8  # times Liger's default room for logits, which its own source offers against many small chunks
 
 
@@ -26,6 +27,8 @@ def contestants(device: torch.device) -> tuple[dict[str, Loss], dict[str, str]]:
         "ours_torch": lambda _: _ours("torch", device),
         "liger": _liger,
         "liger_x8": lambda _: _liger(device, chunk_mem_const=LIGER_BUDGET),
+        "liger_cute": _liger_cute,
+        "quack": _quack,
         "cce": _cce,
         "torch_chunked": _torch_chunked,
         "compiled_chunks": _compiled_chunks,
@@ -72,10 +75,30 @@ def _liger(device: torch.device, **settings: Any) -> Loss:
         # input, weight, target, bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction; then what
         # its module passes: softcap, return_z_loss, accum_dtype, token scaling, accuracy, predictions, implementation
         basic = (hidden, unembed, labels, None, None, -100, 0.0, 0.0, "sum")
-        rest = (None, False, None, False, False, False, None, None)
+        rest = (None, False, None, False, False, False, "nvidia-triton", None)  # CuTe's cross-entropy is liger_cute's
         return Function.apply(*basic, *rest, *settings.values())[0]
 
     return loss
+
+
+def _liger_cute(device: torch.device) -> Loss:
+    """Liger's products and cross-entropy in CuTe, for Hopper: bfloat16, T of 128s, V of 128s; else it raises."""
+    _needs_gpu(device)
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (
+        liger_fused_linear_cross_entropy_sm90 as cute,
+    )
+
+    return lambda hidden, unembed, labels, rows: cute(hidden, unembed, labels, -100, "sum")
+
+
+def _quack(device: torch.device) -> Loss:
+    """quack in the chunks of its own benchmark; on an H100 with V of 128s it chooses its fused backward itself."""
+    _needs_gpu(device)
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy as quack
+
+    return lambda hidden, unembed, labels, rows: quack(
+        hidden, unembed, labels, chunk_size=QUACK_CHUNK, ignore_index=-100, reduction="sum"
+    )
 
 
 def _cce(device: torch.device) -> Loss:

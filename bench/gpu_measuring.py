@@ -20,7 +20,7 @@ import torch
 from tunesmith.kernels.pick_cache import driver_version
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "peft", "transformers", "numpy")
+PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy", "peft", "transformers", "numpy")
 CONTROL_MARGIN = 0.03
 
 Call = Callable[[int], object]  # given the number of the turn, by which it takes its inputs

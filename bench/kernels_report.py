@@ -1,4 +1,4 @@
-"""make kernels-report: cross-compiles every shipped kernel configuration and writes the table docs/kernels_compiled.md.
+"""make kernels-report: cross-compiles whatever kernel launches compile and writes the table docs/kernels_compiled.md.
 
 Exit code 1 when one spills, takes more shared memory than its GPU has, or lacks the instructions it was written for.
 """
@@ -16,9 +16,10 @@ from tunesmith.kernels.compile_report import Report, all_builds, report_all, tab
 PAGE = Path(__file__).parents[1] / "docs/kernels_compiled.md"
 HEAD = """# Kernels as the compiler leaves them
 
-Written by `make kernels-report`, which compiles every shipped configuration for sm_80 (A100) and sm_90a (H100, H200)
-with Triton {triton} and reads registers, spills, shared memory and instructions off the machine code. No GPU is needed
-for this, and none has been used. HGMMA is Hopper's wgmma, UTMALDG and UTMASTG its tensor copy engine, HMMA and LDGSTS
+Written by `make kernels-report`, which compiles for sm_80 (A100) and sm_90a (H100, H200) whatever the operations launch
+there, with every candidate block, and sizes and addresses (V, D, K, OUT, ranks) that are multiples of 16 or not (odd).
+Triton {triton}; registers, spills, shared memory and instructions are read off the machine code. No GPU is needed for
+this, and none has been used. HGMMA is Hopper's wgmma, UTMALDG and UTMASTG its tensor copy engine, HMMA and LDGSTS
 their Ampere counterparts. Tiles are the block sizes by the kernel's own arguments, then warps (w) and stages (s).
 
 {count} configurations, {spills} spills.

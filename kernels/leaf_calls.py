@@ -13,7 +13,7 @@ from tunesmith.kernels.rope.rope import rope
 
 ROWS = 2048
 BF16 = torch.bfloat16
-Call = Callable[[], None]
+Call = Callable[[], object]
 
 
 def _empty(*shape: int, dtype: torch.dtype, trained: bool = True) -> torch.Tensor:
@@ -64,4 +64,4 @@ def glu_calls() -> list[Call]:
     return [*found, *(partial(dry_glu, it, BF16, "silu", packed=True) for it in (14_336, 1001))]
 
 
-CALLS = {"rms_norm": norm_calls, "rope": rope_calls, "glu": glu_calls}
+CALLS: dict[str, Callable[[], list[Call]]] = {"rms_norm": norm_calls, "rope": rope_calls, "glu": glu_calls}

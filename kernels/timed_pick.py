@@ -13,8 +13,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +171,7 @@ class _Trials:
 
     def _with(self, trial: dict[Key, Block]) -> Callable[[], object]:
         def call() -> object:
-            with _picked(trial, self._asked):
+            with blocks.trying(trial, self._asked):
                 return self._run(self._backend)
 
         return call
@@ -180,7 +179,7 @@ class _Trials:
     def _fault(self, trial: dict[Key, Block]) -> str | None:
         """Why a trial cannot be used, in words."""
         try:
-            with _picked(trial, self._asked):
+            with blocks.trying(trial, self._asked):
                 found = self._run(self._backend)
             for name, right in self._exact.items():
                 error = (found[name].float() - right.float()).norm() / right.float().norm()
@@ -189,20 +188,6 @@ class _Trials:
         except Exception as error:  # whatever the compiler or the launch says of a candidate
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
         return None
-
-
-@contextmanager
-def _picked(trial: dict[Key, Block], asked: dict[Key, list[Block]]) -> Iterator[None]:
-    """Inside, kernels use a trial, and what they ask for is noted."""
-    before = dict(blocks.picked)
-    blocks.picked.update(trial)
-    blocks.asked = asked
-    try:
-        yield
-    finally:
-        blocks.asked = None
-        blocks.picked.clear()
-        blocks.picked.update(before)
 
 
 def _milliseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:

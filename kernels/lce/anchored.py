@@ -13,22 +13,20 @@ keeps float32's exponents, the gradient of a nearly certain row is as exact as a
 C rows of a chunk, D hidden, V vocabulary. docs/kernels.md derives it and shows the figures.
 """
 
-from typing import Any
-
 import torch
 import triton
 
-from tunesmith.kernels.blocks import Table, block, choose
+from tunesmith.kernels.blocks import Table, block, choose, even
 from tunesmith.kernels.device import INTERPRETED, add_mm_fp32, arch, mm_fp32, num_multiprocessors
 from tunesmith.kernels.lce.anchored_kernels import (
     lce_anchor_kernel,
     lce_gemm_kernel,
     lce_gemm_tma_kernel,
     lce_hidden_kernel,
-    lce_rescue_kernel,
     lce_terms_kernel,
 )
 from tunesmith.kernels.lce.head import Head, Rows
+from tunesmith.kernels.lce.rescue import rescue
 
 SLAB_ALIGNMENT = 64  # elements: the copy engine addresses rows that start on 16 bytes
 GEMM_BLOCKS = {
@@ -43,9 +41,10 @@ CAPPED_BLOCKS = {
     0: [block(4, 1, BLOCK_C=16, BLOCK_V=32, BLOCK_D=32)],
 }
 STATS_BLOCKS = CAPPED_BLOCKS | {80: [block(8, 4, BLOCK_C=64, BLOCK_V=128, BLOCK_D=32)]}
+# Without vectors and asynchronous copies, each element that is loaded takes registers.
+ODD_BLOCKS = CAPPED_BLOCKS | {key: [block(8, 2, BLOCK_C=64, BLOCK_V=64, BLOCK_D=32)] for key in (90, 80)}
 ROW_BLOCK_D = 1024
 ROWS_A_PROGRAM = 64
-RESCUE_BLOCK_V, RESCUE_BLOCK_D = 64, 64
 NLL, E_FACTOR, LABEL_FACTOR, ENTROPY, CORRECT = range(5)  # rows of what lce_terms_kernel writes
 
 
@@ -93,42 +92,47 @@ def powers(
     (C, D), V = hidden_CD.shape, len(head.unembed_VD)
     slab = head.slab(C, SLAB_ALIGNMENT) if head.wants_gradient else None
     by_copy_engine = copy_engine_fits(hidden_CD, head.unembed_VD)
-    name, table = product_blocks(head.wants_stats, head.logit_softcap is not None)
+    vectors = by_copy_engine or (arch(hidden_CD.device) != 90 and even(D, hidden_CD, head.unembed_VD))
+    name, table = product_blocks(head.wants_stats, head.logit_softcap is not None, vectors)
     sizes = choose(name, table, hidden_CD.device, (D, V))
     tiles_V = triton.cdiv(V, sizes["BLOCK_V"])
     num_sums = 3 if head.wants_stats else 1
     partial = torch.empty(num_sums, C, tiles_V, dtype=torch.float32, device=hidden_CD.device)
-    flags: dict[str, Any] = {
+    flags: dict[str, bool] = {
         "HAS_BIAS": head.bias_V is not None,
         "HAS_CAP": head.logit_softcap is not None,
         "STORE": slab is not None,
         "STATS": head.wants_stats,
     }
     e_stride = slab.stride(0) if slab is not None else 0
-    common = (C, V, D, e_stride, head.logit_scale, head.logit_softcap or 1.0)
+    numbers = (C, V, D, e_stride, head.logit_scale, head.logit_softcap or 1.0)
     tiles = triton.cdiv(C, sizes["BLOCK_C"]) * tiles_V
-    arguments = (hidden_CD, head.unembed_VD, head.bias_V, label_C, labels_C, slab, partial, *common)
+    tensors = (hidden_CD, head.unembed_VD, head.bias_V, label_C, labels_C, slab)
+    arguments = (*tensors, partial, *numbers)
     if by_copy_engine:
         triton.set_allocator(_descriptor_memory)
-        programs = min(tiles, num_multiprocessors(hidden_CD.device))
-        lce_gemm_tma_kernel[(programs,)](*arguments, **flags, WIDEN=INTERPRETED, PROGRAMS=programs, **sizes.launch)
+        most = num_multiprocessors(hidden_CD.device)
+        lce_gemm_tma_kernel[(min(tiles, most),)](*arguments, **flags, WIDEN=INTERPRETED, PROGRAMS=most, **sizes.launch)
     else:
         lce_gemm_kernel[(tiles,)](*arguments, **flags, WIDEN=INTERPRETED, **sizes.launch)
-    sums = partial[:1].sum(-1)  # in the order of the tiles: bitwise the same each time
-    if head.wants_stats:
-        top_C = partial[2].amax(-1)
-        weighted_C = (partial[1] + partial[0] * (partial[2] - top_C[:, None])).sum(-1)
-        sums = torch.cat([sums, weighted_C[None], top_C[None]])
-    offset_C = torch.empty_like(label_C)
-    lce_rescue_kernel[(C,)](
-        hidden_CD, head.unembed_VD, head.bias_V, label_C, labels_C, slab, sums, offset_C, *common, **flags,
-        BLOCK_V=RESCUE_BLOCK_V, BLOCK_D=RESCUE_BLOCK_D, num_warps=4,
-    )  # fmt: skip
-    return (None if slab is None else slab[:, :V]), sums, offset_C
+    offset_C = rescue(tensors, partial, partial[0].sum(-1), numbers, flags, sizes)
+    return (None if slab is None else slab[:, :V]), _sums(partial), offset_C
 
 
-def product_blocks(stats: bool, capped: bool) -> tuple[str, Table]:
-    """Name and blocks of the product for what its epilogue has to do."""
+def _sums(partial: torch.Tensor) -> torch.Tensor:
+    """The sums over tiles, in their order: bitwise the same each time. The second is about the largest of all."""
+    sums = partial[:1].sum(-1)
+    if len(partial) == 1:
+        return sums
+    top_C = partial[2].amax(-1)
+    weighted_C = (partial[1] + partial[0] * (partial[2] - top_C[:, None])).sum(-1)
+    return torch.cat([sums, weighted_C[None], top_C[None]])
+
+
+def product_blocks(stats: bool, capped: bool, vectors: bool) -> tuple[str, Table]:
+    """Name and blocks of the product for what its epilogue has to do, and whether it can load vectors."""
+    if not vectors:
+        return "lce_gemm_odd", ODD_BLOCKS
     if stats:
         return "lce_gemm_stats", STATS_BLOCKS
     return ("lce_gemm_capped", CAPPED_BLOCKS) if capped else ("lce_gemm", GEMM_BLOCKS)
@@ -136,7 +140,7 @@ def product_blocks(stats: bool, capped: bool) -> tuple[str, Table]:
 
 def copy_engine_fits(hidden_CD: torch.Tensor, unembed_VD: torch.Tensor) -> bool:
     """Whether Hopper's copy engine can address both: rows and starts on multiples of 16 bytes."""
-    if hidden_CD.is_cuda and arch(hidden_CD.device) != 90:
+    if arch(hidden_CD.device) == 80:
         return False
     row_bytes = hidden_CD.shape[1] * hidden_CD.element_size()
     return row_bytes % 16 == 0 and hidden_CD.data_ptr() % 16 == 0 and unembed_VD.data_ptr() % 16 == 0

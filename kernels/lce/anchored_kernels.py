@@ -2,7 +2,7 @@
 
 C rows of a chunk, D hidden, V vocabulary; own: the token that is a row's label. The distance of a logit is d = z - a,
 from the label's logit. What is stored is E = exp(d - offset), with the offset OFFSET for every row but the few that
-lce_rescue_kernel does again.
+rescue.py does again.
 """
 
 import math
@@ -10,19 +10,17 @@ import math
 import triton
 import triton.language as tl
 
-from tunesmith.kernels.lce.row_math import LOG2E, capped, entropy_of, log1p
+from tunesmith.kernels.lce.row_math import LOG2E, ROW_VECTORS, ROWS, capped, entropy_of, log1p
 
 # E is a factor away from exp(z - a), which costs bfloat16 no precision: it has the exponents of float32. With 28 nats,
 # logits down to 59 nats below the label's have normal numbers, and labels of up to 69 nats need no second look.
 OFFSET = tl.constexpr(28.0)
 EXP_OFFSET = tl.constexpr(math.exp(28.0))
-LARGEST = tl.constexpr(60.0)  # log2 of E at most; a row whose sum reaches it is rescued
-RESCUE = tl.constexpr(2.0**60)
+LARGEST = tl.constexpr(60.0)  # log2 of E at most; a row whose sum reaches it is done again
 LOWEST = tl.constexpr(-1.0e38)
-ROWS = ["C"]  # the last chunk has any number of rows: neither 1 nor a multiple of 16 is worth compiling anew
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=ROW_VECTORS)
 def lce_anchor_kernel(
     x, w, bias, own_C, label_C, D, scale, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -46,7 +44,26 @@ def lce_anchor_kernel(
 
 
 @triton.jit
-def _distances(
+def product(
+    x, w, rows, cols, C, V, D, WIDEN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Rows of hidden times rows of unembed, [BLOCK_C, BLOCK_V], with plain loads."""
+    lanes = tl.arange(0, BLOCK_D)
+    x_rows = x + rows.to(tl.int64)[:, None] * D
+    w_rows = w + cols.to(tl.int64)[:, None] * D
+    acc = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        at = start + lanes[None, :]
+        a = tl.load(x_rows + at, mask=(rows[:, None] < C) & (at < D), other=0.0)
+        b = tl.load(w_rows + at, mask=(cols[:, None] < V) & (at < D), other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def distances(
     acc, rows, cols, bias, label_C, own_C, C, V, scale, cap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr
 ):  # fmt: skip
     """Distances of a tile of products, the slope of the cap, and which count: not the label, nothing outside."""
@@ -63,24 +80,26 @@ def _distances(
 
 
 @triton.jit
-def _finish_tile(
-    acc, rows, cols, tile, num_tiles, bias, label_C, own_C, partial, C, V, scale, cap,
+def finish_tile(
+    acc, rows, cols, tile, num_tiles, bias, label_C, own_C, partial, C, V, scale, cap, offset, inside,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
-    """E of a tile times the slope of the cap; partial[0..2, row, tile] = sums of E and E * (d - top), and top."""
-    d, slope, keep = _distances(acc, rows, cols, bias, label_C, own_C, C, V, scale, cap, HAS_BIAS, HAS_CAP)
-    e = tl.where(keep, tl.exp2(tl.minimum((d - OFFSET) * LOG2E, LARGEST)), 0.0)
+    """E of a tile times the slope of the cap; partial[0..2, row, tile] = sums of E and E * (d - top), and top, of the
+    rows that are inside.
+    """
+    d, slope, keep = distances(acc, rows, cols, bias, label_C, own_C, C, V, scale, cap, HAS_BIAS, HAS_CAP)
+    e = tl.where(keep, tl.exp2(tl.minimum((d - offset) * LOG2E, LARGEST)), 0.0)
     place = partial + rows.to(tl.int64) * num_tiles + tile
-    tl.store(place, tl.sum(e, 1), mask=rows < C)
+    tl.store(place, tl.sum(e, 1), mask=inside)
     if STATS:
         plane = C.to(tl.int64) * num_tiles
         top = tl.maximum(tl.max(tl.where(keep, d, LOWEST), 1), LOWEST)
-        tl.store(place + plane, tl.sum(e * tl.where(e > 0, d - top[:, None], 0.0), 1), mask=rows < C)
-        tl.store(place + 2 * plane, top, mask=rows < C)
+        tl.store(place + plane, tl.sum(e * tl.where(e > 0, d - top[:, None], 0.0), 1), mask=inside)
+        tl.store(place + 2 * plane, top, mask=inside)
     return e * slope
 
 
-@triton.jit(do_not_specialize=ROWS)
+@triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=ROW_VECTORS)
 def lce_gemm_tma_kernel(
     x, w, bias, label_C, own_C, e, partial, C, V, D, e_stride, scale, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, STATS: tl.constexpr, WIDEN: tl.constexpr,
@@ -108,15 +127,15 @@ def lce_gemm_tma_kernel(
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
         rows, cols = at_C + tl.arange(0, BLOCK_C), at_V + tl.arange(0, BLOCK_V)
-        powers = _finish_tile(
+        powers = finish_tile(
             acc, rows, cols, tile // tiles_C, tiles_V, bias, label_C, own_C, partial, C, V, scale, cap,
-            HAS_BIAS, HAS_CAP, STATS,
+            OFFSET, rows < C, HAS_BIAS, HAS_CAP, STATS,
         )  # fmt: skip
         if STORE:
             e_tiles.store([at_C, at_V], powers.to(e.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=ROWS)
+@triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=ROW_VECTORS)
 def lce_gemm_kernel(
     x, w, bias, label_C, own_C, e, partial, C, V, D, e_stride, scale, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, STATS: tl.constexpr, WIDEN: tl.constexpr,
@@ -127,79 +146,14 @@ def lce_gemm_kernel(
     tile = tl.program_id(0) // tiles_C
     rows = (tl.program_id(0) % tiles_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     cols = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    lanes = tl.arange(0, BLOCK_D)
-    x_rows = x + rows.to(tl.int64)[:, None] * D
-    w_rows = w + cols.to(tl.int64)[:, None] * D
-    acc = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        at = start + lanes[None, :]
-        a = tl.load(x_rows + at, mask=(rows[:, None] < C) & (at < D), other=0.0)
-        b = tl.load(w_rows + at, mask=(cols[:, None] < V) & (at < D), other=0.0)
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
-    powers = _finish_tile(
-        acc, rows, cols, tile, tiles_V, bias, label_C, own_C, partial, C, V, scale, cap, HAS_BIAS, HAS_CAP, STATS
-    )
+    acc = product(x, w, rows, cols, C, V, D, WIDEN, BLOCK_C, BLOCK_V, BLOCK_D)
+    powers = finish_tile(
+        acc, rows, cols, tile, tiles_V, bias, label_C, own_C, partial, C, V, scale, cap, OFFSET, rows < C,
+        HAS_BIAS, HAS_CAP, STATS,
+    )  # fmt: skip
     if STORE:
         place = e + rows.to(tl.int64)[:, None] * e_stride + cols[None, :]
         tl.store(place, powers.to(e.dtype.element_ty), mask=(rows[:, None] < C) & (cols[None, :] < e_stride))
-
-
-@triton.jit
-def lce_rescue_kernel(
-    x, w, bias, label_C, own_C, e, sums, offset_C, C, V, D, e_stride, scale, cap,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, STORE: tl.constexpr, STATS: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One row, done again with its own largest distance as the offset if its sum has reached RESCUE: a label more than
-    69 nats below another token. Slow, one program a row, and hardly ever more than a look at the sum.
-    """
-    i = tl.program_id(0)
-    row = tl.full((1,), 0, tl.int32) + i
-    offset = tl.full((1,), 0.0, tl.float32) + OFFSET
-    label = tl.load(label_C + i)
-    if (tl.load(sums + i) >= RESCUE) & (label == label):  # a row of NaN stays one: nothing to find in it
-        top = tl.full((1,), LOWEST, tl.float32)
-        for start in range(0, V, BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            z = _row_products(x, w, i, cols, V, D, BLOCK_V, BLOCK_D)
-            d, _, keep = _distances(z, row, cols, bias, label_C, own_C, C, V, scale, cap, HAS_BIAS, HAS_CAP)
-            top = tl.maximum(top, tl.max(tl.where(keep, d, LOWEST), 1))
-        total = tl.zeros((1,), tl.float32)
-        weighted = tl.zeros((1,), tl.float32)
-        for start in range(0, V, BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            z = _row_products(x, w, i, cols, V, D, BLOCK_V, BLOCK_D)
-            d, slope, keep = _distances(z, row, cols, bias, label_C, own_C, C, V, scale, cap, HAS_BIAS, HAS_CAP)
-            powers = tl.where(keep, tl.exp2(tl.where(keep, d - top[:, None], 0.0) * LOG2E), 0.0)
-            total += tl.sum(powers, 1)
-            weighted += tl.sum(powers * tl.where(powers > 0, d - top[:, None], 0.0), 1)
-            if STORE:
-                place = e + i.to(tl.int64) * e_stride + cols[None, :]
-                tl.store(place, (powers * slope).to(e.dtype.element_ty), mask=cols[None, :] < V)
-        offset = top
-        tl.store(sums + row, total)
-        if STATS:
-            tl.store(sums + C + row, weighted)
-            tl.store(sums + 2 * C + row, top)
-    tl.store(offset_C + row, offset)
-
-
-@triton.jit
-def _row_products(x, w, i, cols, V, D, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """hidden[i] times some rows of unembed, [1, BLOCK_V]."""
-    z = tl.zeros((BLOCK_V,), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        at = start + tl.arange(0, BLOCK_D)
-        h = tl.load(x + i.to(tl.int64) * D + at, mask=at < D, other=0.0).to(tl.float32)
-        inside = (cols[:, None] < V) & (at[None, :] < D)
-        z += tl.sum(
-            tl.load(w + cols.to(tl.int64)[:, None] * D + at[None, :], mask=inside, other=0.0).to(tl.float32)
-            * h[None, :],
-            1,
-        )
-    return z[None, :]
 
 
 @triton.jit
@@ -210,7 +164,7 @@ def _others_entropy(s, weighted, top):
     return spread - weighted / tl.where(some, s, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=ROW_VECTORS)
 def lce_terms_kernel(
     label_C, sums, offset_C, coefficient_C, out, C, STATS: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
@@ -241,7 +195,7 @@ def lce_terms_kernel(
         tl.store(out + 4 * C + i, tl.where(largest <= 0, 1.0, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS, do_not_specialize_on_alignment=ROW_VECTORS)
 def lce_hidden_kernel(
     products, w, own_C, label_C, e_factor_C, label_factor_C, grad, D, scale, cap,
     HAS_CAP: tl.constexpr, BLOCK_D: tl.constexpr,

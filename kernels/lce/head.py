@@ -33,6 +33,7 @@ class Head:
     grad_unembed: torch.Tensor | None = None  # [V, D], where it is wanted
     grad_bias: torch.Tensor | None = None  # [V]
     is_first: bool = True  # the first chunk starts grad_unembed, which holds anything before
+    most_rows: int = 0  # of the chunks to come
     _slab: torch.Tensor | None = None
 
     @property
@@ -48,7 +49,7 @@ class Head:
         """Room for the logits of a chunk in the head's dtype, [num_rows, V rounded up], the same memory each time."""
         width = -(-len(self.unembed_VD) // alignment) * alignment
         if self._slab is None or len(self._slab) < num_rows:
-            self._slab = self.unembed_VD.new_empty(num_rows, width)
+            self._slab = self.unembed_VD.new_empty(max(num_rows, self.most_rows), width)
         return self._slab[:num_rows]
 
     def backward(self, grad_CV: torch.Tensor, hidden_CD: torch.Tensor) -> torch.Tensor | None:

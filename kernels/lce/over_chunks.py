@@ -1,5 +1,7 @@
 """A back end of linear_cross_entropy over all rows, chunk by chunk. N kept rows, D hidden."""
 
+from itertools import accumulate
+
 import torch
 
 from tunesmith.kernels.lce.backends import choose_backend
@@ -19,8 +21,9 @@ def over_chunks(
     coefficient_N = coefficient_N if unit is None else coefficient_N / unit
     grad_hidden = torch.empty_like(hidden_ND) if head.wants_hidden else None
     done: list[Rows] = []
-    for start in range(0, len(hidden_ND), chosen.rows):
-        part = slice(start, start + chosen.rows)
+    head.most_rows = max(chosen.sizes, default=0)
+    for end, size in zip(accumulate(chosen.sizes), chosen.sizes, strict=True):
+        part = slice(end - size, end)
         rows = chosen.chunk(head, hidden_ND[part], labels_N[part], coefficient_N[part])
         if grad_hidden is not None and rows.grad_hidden is not None:
             grad_hidden[part] = rows.grad_hidden

@@ -5,6 +5,11 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# A chunk has any number of rows, and a vector over rows begins anywhere: neither 1 nor a multiple of 16 must compile a
+# kernel anew in the middle of a run.
+ROWS = ["C"]
+ROW_VECTORS = ["own_C", "label_C", "coefficient_C", "offset_C", "e_factor_C", "label_factor_C", "sums", "out"]
+
 
 @triton.jit
 def capped(z, cap):

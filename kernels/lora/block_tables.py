@@ -25,10 +25,17 @@ INTERPRETER = {
 }
 # float32 on a GPU: without tensor cores, and a tile is twice as many bytes.
 FLOAT32 = {
-    "down": block(8, 2, BLOCK_N=32, BLOCK_K=32),
+    "down": block(4, 2, BLOCK_N=32, BLOCK_K=32),
     "up": block(8, 2, BLOCK_N=32, BLOCK_O=32),
     "grad_up": block(8, 2, BLOCK_N=32, BLOCK_O=32),
     "grad_down": block(8, 2, BLOCK_N=32, BLOCK_K=32),
+}
+# Sizes or addresses that are no multiples of 16: no vectors, no asynchronous copies, and registers for each element.
+ODD = {
+    "down": block(8, 2, BLOCK_N=32, BLOCK_K=64),
+    "up": block(8, 2, BLOCK_N=32, BLOCK_O=64),
+    "grad_up": block(8, 2, BLOCK_N=32, BLOCK_O=64),
+    "grad_down": block(8, 2, BLOCK_N=32, BLOCK_K=64),
 }
 # down: a row block is one program, about one for each multiprocessor, so many warps and deep prefetch.
 # grad_up, grad_down: the accumulators stay in registers over a chunk of rows.
@@ -92,10 +99,12 @@ def bucket(ranks: int, dtype: torch.dtype, device: torch.device) -> int:
     return min(max(RANK_STEP, 1 << (ranks - 1).bit_length()), most)
 
 
-def choose(kernel: str, ranks: int, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> dict[str, int]:
-    """Keyword arguments for a launch with a bucket of ranks."""
-    if dtype is torch.float32 and device.type == "cuda":
-        found = FLOAT32[kernel]
+def choose(
+    kernel: str, ranks: int, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...], even: bool
+) -> dict[str, int]:
+    """Keyword arguments for a launch with a bucket of ranks; even: what it reads is on multiples of 16."""
+    if device.type != "cpu" and (dtype is torch.float32 or not even):
+        found = (FLOAT32 if dtype is torch.float32 else ODD)[kernel]
     else:
         table: Table = {0: INTERPRETER[kernel], 90: HOPPER[kernel][ranks], 80: OTHER[kernel][ranks]}
         # Without the number of rows, which changes from batch to batch: a timed pick is for a layer.

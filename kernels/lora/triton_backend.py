@@ -2,6 +2,7 @@
 
 import torch
 
+from tunesmith.kernels.blocks import even
 from tunesmith.kernels.device import INTERPRETED, num_multiprocessors
 from tunesmith.kernels.lora import block_tables, triton_kernels
 from tunesmith.kernels.philox import Dropout
@@ -15,7 +16,8 @@ def down(x_NK: torch.Tensor, a_RK: torch.Tensor, dropout: Dropout | None) -> tor
     (rows, columns), ranks = x_NK.shape, len(a_RK)
     u_NR = x_NK.new_empty(rows, ranks)
     bucket = block_tables.bucket(ranks, x_NK.dtype, x_NK.device)
-    sizes = block_tables.choose("down", bucket, x_NK.dtype, x_NK.device, (rows, columns, ranks))
+    vectors = even(columns, x_NK, a_RK)
+    sizes = block_tables.choose("down", bucket, x_NK.dtype, x_NK.device, (rows, columns, ranks), vectors)
     grid = (_ceil(ranks, bucket), _ceil(rows, sizes["BLOCK_N"]))
     triton_kernels.down[grid](
         x_NK, a_RK, u_NR, rows, columns, ranks, *_draws(dropout), DROP=dropout is not None, WIDEN=INTERPRETED, **sizes
@@ -28,7 +30,8 @@ def up(u_NR: torch.Tensor, b_OR: torch.Tensor, scale: float, bias_O: torch.Tenso
     rows, (outs, rank) = len(u_NR), b_OR.shape
     y_NO = u_NR.new_empty(rows, outs)
     bucket = block_tables.bucket(rank, u_NR.dtype, u_NR.device)
-    sizes = block_tables.choose("up", bucket, u_NR.dtype, u_NR.device, (rows, outs, rank))
+    vectors = even(outs, u_NR, b_OR) and _even_rank(rank)
+    sizes = block_tables.choose("up", bucket, u_NR.dtype, u_NR.device, (rows, outs, rank), vectors)
     grid = (_ceil(outs, sizes["BLOCK_O"]), _ceil(rows, sizes["BLOCK_N"]))
     flags = {"BIAS": bias_O is not None, "WIDEN": INTERPRETED}
     triton_kernels.up[grid](
@@ -49,7 +52,8 @@ def grad_up(
     """Writes scale * dy B into du and returns dB[O, r] = scale * dy^T u. u and du begin with this adapter's ranks."""
     (rows, outs), rank, device = dy_NO.shape, b_OR.shape[1], dy_NO.device
     bucket = block_tables.bucket(rank, dy_NO.dtype, device)
-    sizes = block_tables.choose("grad_up", bucket, dy_NO.dtype, device, (rows, outs, rank))
+    vectors = even(outs, dy_NO, b_OR) and _even_rank(rank)
+    sizes = block_tables.choose("grad_up", bucket, dy_NO.dtype, device, (rows, outs, rank), vectors)
     blocks = _ceil(outs, sizes["BLOCK_O"])
     chunk = _chunk(rows, blocks, sizes["BLOCK_N"], device)
     parts = _ceil(rows, chunk)
@@ -80,7 +84,8 @@ def grad_down(
     """dA[R, K] = du^T drop(x), where x is given, and dx[N, K] = drop(du A), where it is wanted."""
     (rows, ranks), columns, device = du_NR.shape, a_RK.shape[1], du_NR.device
     bucket = block_tables.bucket(ranks, du_NR.dtype, device)
-    sizes = block_tables.choose("grad_down", bucket, du_NR.dtype, device, (rows, columns, ranks))
+    vectors = even(columns, a_RK) and (x_NK is None or even(x_NK))
+    sizes = block_tables.choose("grad_down", bucket, du_NR.dtype, device, (rows, columns, ranks), vectors)
     blocks = _ceil(columns, sizes["BLOCK_K"])
     chunk = _chunk(rows, blocks, sizes["BLOCK_N"], device)
     parts = _ceil(rows, chunk)
@@ -124,6 +129,11 @@ def _ordered_sum(parts: torch.Tensor, out: torch.Tensor, scale: float) -> None:
         scale,
         BLOCK=block_tables.SUM_BLOCK,
     )
+
+
+def _even_rank(rank: int) -> bool:
+    """Rows of B may be short: its smallest blocks are for ranks of 1 to 16, whatever they are multiples of."""
+    return rank <= RANK_STEP or even(rank)
 
 
 def _draws(dropout: Dropout | None) -> tuple[int, int, int]:

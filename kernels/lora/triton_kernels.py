@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 SEVEN: tl.constexpr = tl.constexpr(7)  # philox.ROUNDS
-UNTYPED = ["threshold", "seed_low", "seed_high"]  # a value must not compile a kernel anew
+# What changes from batch to batch must not compile a kernel anew: Triton would for a 1 and for a multiple of 16.
+UNTYPED = ["N", "rows", "num_parts", "threshold", "seed_low", "seed_high"]
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def down(
     tl.store(u_NR + row_starts * R + ranks[None, :], u.to(u_NR.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNTYPED)
 def up(
     u_NR, b_OR, bias_O, y_NO, N, OUT, R, rank_B, scale,
     BIAS: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -85,7 +86,7 @@ def up(
     tl.store(y_NO + row_starts * OUT + outs[None, :], y.to(y_NO.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNTYPED)
 def grad_up(
     dy_NO, u_NR, b_OR, du_parts, db_parts, N, OUT, R, rank_B, first_rank, chunk,
     DU: tl.constexpr, DB: tl.constexpr, WIDEN: tl.constexpr,
@@ -197,7 +198,7 @@ def drop(
     tl.store(out_NK + places, tl.where(kept, x * scale, 0.0).to(out_NK.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNTYPED)
 def ordered_sum(parts, out, num_parts, part_size, width, rows, columns, out_stride, scale, BLOCK: tl.constexpr):
     """out[rows, columns] = scale * sum of parts, one after another; each part is [.., width], of which out has less."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = ("-o", "addopts=--import-mode=importlib")  # a test that is too slow has not caught a fault
 PYTEST = str(Path(sys.executable).with_name("pytest"))
 LOSS = "lce/test_linear_cross_entropy.py"
+RESCUE = "lce/test_rescue.py"
 USE = "test_kernels_in_use.py"
 LORA = "lora/test_lora_linear.py"
 PHILOX = "test_philox.py"
@@ -59,26 +60,33 @@ LOSS_MUTANTS = [
         "lce/chunked.py",
         LOSS,
         "float64 and chunked-plain-sum",
-        ("columns past the end are counted", "other = inside & (cols != own)", "other = cols != own"),
-        ("the label is not left out of the sum", "other = inside & (cols != own)", "other = inside"),
-        ("the running sum is not rescaled", "exps = exps * shrink + e", "exps = exps + e"),
+        ("columns past the end are counted", "other = (cols < V) & (cols != own)", "other = cols != own"),
+        ("the label is not left out of the sum", "other = (cols < V) & (cols != own)", "other = cols < V"),
         (
             "the gradient is written past the row",
-            "grad.to(row.dtype.element_ty), mask=cols < V)",
-            "grad.to(row.dtype.element_ty))",
+            "tl.store(row + cols, grad, mask=cols < V)",
+            "tl.store(row + cols, grad)",
         ),
     ),
     *mutants(
         "lce/chunked.py",
         LOSS,
+        "float64 and chunked-7-4-1031",
+        ("the running sum is not rescaled", "exps = exps * shrink + tl.sum(e, 1)", "exps = exps + tl.sum(e, 1)"),
+        ("a tile without the label is left out", "return whole - (own_tile", "return whole - 1 - (own_tile"),
+        ("the label's tile is taken for an inner one", "number + (number >= own_tile)", "number + (number > own_tile)"),
+    ),
+    *mutants(
+        "lce/chunked.py",
+        LOSS,
         "float64 and chunked-scale-sum",
-        ("scale left out of the gradient", "label_factor, grad) * slope * scale", "label_factor, grad) * slope"),
+        ("scale left out of the gradient", "(grad * slope * scale)", "(grad * slope)"),
     ),
     *mutants(
         "lce/chunked.py",
         LOSS,
         "under_the_interpreter and chunked",
-        ("float32 cast removed", "other=0.0).to(tl.float32)\n    if HAS_BIAS", "other=0.0)\n    if HAS_BIAS"),
+        ("float32 cast removed", "    z = z.to(tl.float32)\n", ""),
     ),
     *mutants(
         "lce/anchored_kernels.py",
@@ -101,10 +109,21 @@ LOSS_MUTANTS = [
         ),
     ),
     *mutants(
-        "lce/anchored_kernels.py",
-        LOSS,
-        "tiny_and_large and anchored and hopeless",
+        "lce/rescue.py",
+        RESCUE,
+        "right_among_others and half-True",
         ("hopeless rows not rescued", "RESCUE = tl.constexpr(2.0**60)", "RESCUE = tl.constexpr(2.0**120)"),
+        (
+            "rows that are not lost get the offset of none",
+            "powers.to(e.dtype.element_ty), mask=lost[:, None] &",
+            "powers.to(e.dtype.element_ty), mask=(rows < C)[:, None] &",
+        ),
+    ),
+    *mutants(
+        "lce/rescue.py",
+        RESCUE,
+        "twice_more and one",
+        ("every tile is done again", "if tl.max(lost.to(tl.int32), 0) > 0", "if tl.max(lost.to(tl.int32), 0) >= 0"),
     ),
     *mutants(
         "lce/anchored_kernels.py",
@@ -162,7 +181,7 @@ LOSS_MUTANTS = [
         "lce/chunked.py",
         USE,
         "cannot_be and chunked",
-        ("entropy of a token that cannot be", "e * tl.where(e > 0, z - higher, 0.0)", "e * (z - higher)"),
+        ("entropy of a token that cannot be", "e * tl.where(e > 0, below, 0.0)", "e * below"),
     ),
 ]
 

@@ -2,11 +2,14 @@
 
 import json
 import os
+import runpy  # noqa: TID251 - of files in bench/
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 from matrices import covered
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -30,7 +33,7 @@ def run(name: str, tmp_path: Path, *extra: str, interpreted: bool = False) -> tu
 @pytest.mark.slow
 def test_the_bench_of_the_loss_checks_and_times_what_can_run_here(tmp_path):
     found, printed = run("gpu_loss", tmp_path)
-    assert {"anchored", "chunked", "liger", "cce", "compiled_chunks"} <= found["absent"].keys()
+    assert {"anchored", "chunked", "liger", "liger_cute", "quack", "cce", "compiled_chunks"} <= found["absent"].keys()
     assert len(found["cases"]) == 15
     for case in found["cases"].values():
         for name in ("ours_torch", "naive"):
@@ -38,6 +41,25 @@ def test_the_bench_of_the_loss_checks_and_times_what_can_run_here(tmp_path):
             assert max(case["contestants"][name]["errors"].values()) < 2e-6
     assert "absent: liger: it needs CUDA" in printed
     assert len(found["goals"]) == 15
+
+
+@pytest.mark.parametrize("name", ["liger_cute", "quack"])
+def test_a_contestant_that_is_not_installed_is_absent_by_name(name):
+    """Those of CuTe need packages that no extra of ours installs; on a GPU without them that is what is said."""
+    bench = runpy.run_path(str(BENCH / "gpu_loss_contestants.py"))
+    package = {"liger_cute": "liger_kernel.ops.cutedsl", "quack": "quack"}[name]
+    with patch.dict(sys.modules, {package: None}), pytest.raises(ImportError, match=package.split(".")[0]):
+        bench[f"_{name}"](torch.device("cuda"))
+    assert "it needs CUDA" in bench["contestants"](torch.device("cpu"))[1][name]
+
+
+def test_our_speed_is_also_held_against_the_strongest_of_all(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    bench = runpy.run_path(str(BENCH / "gpu_loss.py"))
+    times = {name: {"ms": ms} for name, ms in {"limit": 20, "anchored": 25, "liger": 40, "quack": 24}.items()}
+    found = bench["_ratios"]("anchored", times, {"anchored": 4, "liger": 8, "quack": 6})
+    assert (found["best_rival"], found["speed"], found["memory"]) == ("liger", 40 / 25, 4 / 8)
+    assert (found["strongest"], found["over_all"]) == ("quack", 24 / 25)
 
 
 @pytest.mark.slow

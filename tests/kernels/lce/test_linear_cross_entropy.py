@@ -1,6 +1,6 @@
 """linear_cross_entropy against its formulas in float64: every option, gradient and back end.
 
-The Triton back ends run in the interpreter's process (conftest.py), where tiles are 16 x 64 x 32 and a row's block 128.
+The Triton back ends run in the interpreter's process (conftest.py), where tiles are 16 x 64 x 32 and a row's block 256.
 Where a row is nearly certain or hopeless, logits are multiples of 1/16: products then carry no rounding of their own,
 and what is left is the error of the loss itself.
 """
