@@ -83,9 +83,19 @@ class Contestant:
 
 
 def ratios(ours: Sequence[Sample], theirs: Sequence[Sample]) -> dict[str, Any]:
-    """Our rate over another's, round by round."""
-    found = [one.rate / other.rate for one, other in zip(ours, theirs, strict=True)]
-    return {"median": statistics.median(found), "min": min(found), "max": max(found), "rounds": found}
+    """Our rate over another's, round by round; and the median of the same over processor seconds."""
+    pairs = list(zip(ours, theirs, strict=True))
+    found = [one.rate / other.rate for one, other in pairs]
+    per_cpu_second = [
+        one.target_tokens / one.cpu_seconds / (other.target_tokens / other.cpu_seconds) for one, other in pairs
+    ]
+    return {
+        "median": statistics.median(found),
+        "min": min(found),
+        "max": max(found),
+        "rounds": found,
+        "cpu_median": statistics.median(per_cpu_second),
+    }
 
 
 def resident(field: str) -> int:
