@@ -13,7 +13,7 @@ from typing import Any
 SEQUENCE_LENGTH = 512
 BETAS, EPS, MAX_GRAD_NORM = (0.9, 0.95), 1e-8, 1.0
 RANK, ALPHA, DROPOUT = 16, 32, 0.0  # dropout as PEFT has it: with any, no two masks and so no two losses are the same
-WARM_UP_STEPS, MEMORY_STEPS = 2, 3
+MEMORY_STEPS = 2
 # About 100 M parameters with the vocabulary and the grouped heads of small models as they are published.
 MODEL_100M = {
     "vocab_size": 32768,
@@ -36,14 +36,15 @@ class Kind:
     padded_records: int  # a step: as many as fill the packed sequences
     padded_micro_batch_size: int  # the fastest of 4, 8, 16 and 32 for the tiny model
     learning_rate: float
-    rounds: int
+    warm_up_steps: int
+    rounds: int  # of one step
 
 
 KINDS = {
-    "tiny-full": Kind("tiny", "none", 4, 32, 16, 2e-3, 16),
-    "tiny-lora": Kind("tiny", "lora", 4, 32, 16, 2e-3, 8),
-    "100m-full": Kind("100m", "none", 1, 8, 8, 3e-4, 2),
-    "100m-lora": Kind("100m", "lora", 1, 8, 8, 1e-3, 2),
+    "tiny-full": Kind("tiny", "none", 4, 32, 16, 2e-3, 2, 16),
+    "tiny-lora": Kind("tiny", "lora", 4, 32, 16, 2e-3, 2, 8),
+    "100m-full": Kind("100m", "none", 1, 8, 8, 3e-4, 1, 2),
+    "100m-lora": Kind("100m", "lora", 1, 8, 8, 1e-3, 1, 2),
 }
 
 
@@ -99,15 +100,17 @@ def overrides(kind: Kind, scratch: Path, train: Path | str, max_steps: int) -> l
     ]
 
 
-def trainer_arguments(kind: Kind, folder: Path, max_steps: int, micro_batch_size: int, num_rows: int) -> dict[str, Any]:
-    """Of TrainingArguments and SFTConfig alike; num_rows of their dataset make a step."""
+def trainer_arguments(
+    kind: Kind, folder: Path, max_steps: int, micro_batch_size: int, accumulation: int
+) -> dict[str, Any]:
+    """Of TrainingArguments and SFTConfig alike."""
     return {
         "output_dir": str(folder),
         "use_cpu": True,
         "bf16": False,
         "activation_checkpointing": False,
         "per_device_train_batch_size": micro_batch_size,
-        "gradient_accumulation_steps": num_rows // micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
         "max_steps": max_steps,
         "learning_rate": kind.learning_rate,
         "lr_scheduler_type": "constant",
@@ -164,7 +167,7 @@ class Setting(Prepared):
         from tunesmith.train.config.compose import compose_config
 
         self.kind = kind
-        self.total_steps = WARM_UP_STEPS + kind.rounds
+        self.total_steps = kind.warm_up_steps + kind.rounds
         self.train = scratch / "train.jsonl"
         super().__init__(compose_config(overrides(kind, scratch, self.train, self.total_steps)).config, scratch)
         if self.data.train.num_sequences != kind.packed_sequences:

@@ -42,7 +42,9 @@ def padded_trainer(model: Any, tokenizer: Any, folder: Path) -> Any:
         return {**whole, "labels": labels}
 
     kind = KINDS["tiny-full"]
-    arguments = trainer_arguments(kind, folder, 1, kind.padded_micro_batch_size, kind.padded_records)
+    arguments = trainer_arguments(
+        kind, folder, 1, kind.padded_micro_batch_size, kind.padded_records // kind.padded_micro_batch_size
+    )
     dataset = Dataset.from_list(rows()).map(tokenised, remove_columns=["prompt", "completion"])
     return Trainer(
         model=model,

@@ -4,10 +4,11 @@
     python bench/gpu_steps.py --device cpu --tiny   the dry run: shows that it works, and measures nothing
 
 Random weights of the shapes of Llama-3.1-8B, Llama-3.2-1B and Qwen2.5-7B, sequences of 4,096 tokens, bf16, AdamW: LoRA
-of rank 16 with dropout 0.1, and full fine-tuning. Every contestant is a process of its own, as each patches transformers
-in its own way; they take turns: one has the GPU, makes its model, warms up, is timed, and lets go of all memory. Turns
-go through all contestants forwards and then backwards; ours comes a second time as the control. The first losses of
-all have to agree, else a contestant's time does not count. Who is not installed, runs out of memory or fails is named.
+of rank 16 with dropout 0.1, and full fine-tuning. Every contestant is a process of its own, as each patches
+transformers in its own way; they take turns: one has the GPU, makes its model, warms up, is timed, and lets go of all
+memory. Turns go through all contestants forwards and then backwards; ours comes a second time as the control. The first
+losses of all have to agree, else a contestant's time does not count. Who is not installed, runs out of memory or fails
+is named.
 """
 
 import gc
