@@ -103,15 +103,15 @@ def hugging_face(make: Callable[[type], Any], base: type) -> Training:
     return train
 
 
-def trainer(setting: Setting, micro_batch_size: int | None = None, accumulation: int | None = None) -> Training:
-    """transformers.Trainer, every record padded to SEQUENCE_LENGTH; a step has all records unless told otherwise."""
+def trainer(setting: Setting, micro_batch_size: int | None = None) -> Training:
+    """transformers.Trainer, every record padded to SEQUENCE_LENGTH."""
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments, default_data_collator
 
     kind = setting.kind
     rows = [padded(row, setting.tokenizer.pad_token_id) for row in tokenised(setting)]
     micro_batch_size = micro_batch_size or kind.padded_micro_batch_size
-    accumulation = accumulation or len(rows) // micro_batch_size
+    accumulation = len(rows) // micro_batch_size
     folder = setting.scratch / "trainer"
     arguments = TrainingArguments(
         **trainer_arguments(kind, folder, setting.total_steps, micro_batch_size, accumulation)

@@ -27,7 +27,6 @@ The last line is of the tiny model, full fine-tuning:
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -42,12 +41,7 @@ from typing import Any
 import start_up
 from cpu_contestants import sft_packed, trainer, tunesmith
 from cpu_setting import KINDS, MEMORY_STEPS, SEQUENCE_LENGTH, Setting
-from measuring import Contestant, Sample, machine, ratios, resident
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from measuring import Contestant, Sample, machine, on_the_cpu, ratios, resident
 
 SAME_LOSS = 1e-5  # relative, of the loss of one step: sums run in other orders in fp32; found after 6 steps: 2e-7
 CONTROL_MARGIN = 0.05
@@ -111,10 +105,10 @@ def throughput(setting: Setting) -> dict[str, Any]:
 
 
 def memory(setting: Setting, name: str) -> dict[str, int]:
-    """Of a few steps of one contestant; trainer with as many rows a forward as tunesmith, in two forwards a step."""
+    """Of a few steps of one contestant; trainer with as many rows a forward as tunesmith."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here
     before = resident("VmRSS")
-    training = trainer(setting, setting.kind.packed_sequences, 2) if name == "trainer" else BUILD[name](setting)
+    training = trainer(setting, setting.kind.packed_sequences) if name == "trainer" else BUILD[name](setting)
     contestant = Contestant(training)
     contestant.turn(MEMORY_STEPS)
     peak = resident("VmHWM")
@@ -198,6 +192,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    on_the_cpu()
     options = arguments()
     require_packages()
     if options.measure:

@@ -1,6 +1,6 @@
 """Whole optimizer steps on one GPU: tokens a second and peak memory, ours beside transformers, PEFT, TRL and Liger.
 
-    python bench/gpu_steps.py --seconds 500         under nine minutes on an H200; docs/gpu.md says how on a lent one
+    python bench/gpu_steps.py --seconds 400         under nine minutes on an H200; docs/gpu.md says how on a lent one
     python bench/gpu_steps.py --device cpu --tiny   the dry run: shows that it works, and measures nothing
 
 Random weights of the shapes of Llama-3.1-8B, Llama-3.2-1B and Qwen2.5-7B, sequences of 4,096 tokens, bf16, AdamW: LoRA
@@ -168,7 +168,7 @@ def main() -> None:
     if "--serve" in sys.argv:
         serve(sys.argv[2], torch.device(sys.argv[3]))
         return
-    options = arguments(__doc__, seconds=500)
+    options = arguments(__doc__, seconds=400)
     budget = Budget(options.seconds)
     contestants = [Contestant(name, options.device) for name in CONTESTANTS]
     cases = TINY_CASES if options.tiny else CASES

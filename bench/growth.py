@@ -30,12 +30,7 @@ from typing import Any
 
 from cpu_contestants import our_loop
 from cpu_setting import Prepared
-from measuring import machine, resident
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from measuring import machine, on_the_cpu, resident
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 WARM_UP_STEPS, STEPS = 1, 5
@@ -273,6 +268,7 @@ def too_fast(axis: str, exponents: dict[str, float]) -> list[str]:
 
 
 def main() -> None:
+    on_the_cpu()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", help=f"of {', '.join(AXES)}, separated by commas; all without it")
     parser.add_argument("--point", help=argparse.SUPPRESS)
