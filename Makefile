@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster test-all torture planted test-gpu lint format docs bench bench-growth bench-gpu bench-gpu-steps bench-crash engine-check kernels-check kernels-report clean
+.PHONY: help demo test test-slow test-cluster test-all torture planted test-gpu lint format docs bench step-proxies bench-growth bench-gpu bench-gpu-steps bench-crash engine-check kernels-check kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ bench: $(INSTALLED)  ## speed, memory and start-up against transformers.Trainer 
 bench-growth: $(INSTALLED)  ## how the cost of a step grows, with exponents; 3 minutes
 	$(BIN)/python bench/growth.py
 	$(BIN)/python bench/performance_page.py
+
+step-proxies: $(INSTALLED)  ## what a step costs whatever the machine's mood: waits, masks, bytes, launches
+	$(BIN)/python bench/step_proxies.py --list
 
 bench-gpu: $(INSTALLED)  ## the kernels against Liger, CCE, PEFT and others, on a GPU; about five minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

@@ -126,6 +126,7 @@ def ours(case: Case, device: torch.device) -> Step:
     from tunesmith.train.ranks.distributed import World, start
     from tunesmith.train.run.guards.stragglers import BusyClock
     from tunesmith.train.run.loop import optimizer_step
+    from tunesmith.train.run.memory_plan import settle_memory
 
     world = World()
     if not torch.distributed.is_initialized():
@@ -134,6 +135,7 @@ def ours(case: Case, device: torch.device) -> Step:
     hf_config(case).save_pretrained(folder)
     config = compose_config(_overrides(case, folder)).config
     settle(config, check_model(config), device, print)
+    settle_memory(config, check_model(config), world, device, print)
     kernels = choose_kernels(config, device)
     with device:
         model = load_model(config, world)
@@ -149,12 +151,13 @@ def ours(case: Case, device: torch.device) -> Step:
     store = TokenStore(folder / "store", sequence_length=case.sequence_length, packing=packing)
     objective = make_objective(config, load_tokenizer(compose_config(["model=tiny", "data=example"]).config.model,
                                                       config.data))  # fmt: skip
-    busy = BusyClock(device, forward_waits=False)
+    busy, micro = BusyClock(device, forward_waits=False), config.batch.micro_batch_size
 
     def step(turn: int) -> torch.Tensor:
         first = turn % INPUTS * case.sequences
-        batch = store.batch(range(first, first + case.sequences), pad_token_id=0).to(device)
-        done = optimizer_step(engine, objective, [batch], busy=busy, before_update=lambda: None)
+        starts = range(first, first + case.sequences, micro)
+        batches = [store.batch(range(at, at + micro), pad_token_id=0).to(device) for at in starts]
+        done = optimizer_step(engine, objective, batches, busy=busy, before_update=lambda: None)
         return torch.tensor(done.loss)
 
     return step

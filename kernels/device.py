@@ -39,7 +39,8 @@ def num_multiprocessors(device: torch.device) -> int:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Inside, products are of the dtypes they are given: autocast would round float32 ones to 16 bits."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    is_enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)  # which it does not know
+    return torch.autocast(device.type, enabled=False) if is_enabled else nullcontext()
 
 
 def on_its_device(device: torch.device) -> AbstractContextManager[object]:

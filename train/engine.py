@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Container, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,32 @@ from tunesmith.train.model.output_head import TargetRows
 from tunesmith.train.model.router_loss import find_router_loss
 from tunesmith.train.model.scorer import Scorer
 from tunesmith.train.optimizer import apply_settings, make_optimizer, parameter_groups, set_learning_rate, state_of
-from tunesmith.train.ranks.distributed import World, barrier
+from tunesmith.train.ranks.distributed import World, barrier, numbers_on
 from tunesmith.train.zero import universal
 from tunesmith.train.zero.checkpoint_engine import EngineFiles
 from tunesmith.train.zero.deepspeed import deepspeed
 from tunesmith.train.zero.deepspeed_config import deepspeed_config, is_plain_fp32, raw_keys_explained
 from tunesmith.train.zero.sharding import full_shape, gathered
+from tunesmith.train.zero.skip_on_device import can_skip_on_device, is_invalid, skipping_on_device
 
 TAG = "engine"  # folder of DeepSpeed's files inside a checkpoint
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer update did. grad_norm is before clipping; applied is False when it was not finite."""
+    """What one optimizer update did."""
 
-    grad_norm: float
-    applied: bool
+    norm: torch.Tensor  # [] float64, of the gradient before clipping; inf where it was not finite, and not applied
+
+    @property
+    def grad_norm(self) -> float:
+        """Waits for the device."""
+        return float(self.norm)
+
+    @property
+    def applied(self) -> bool:
+        """Waits for the device."""
+        return math.isfinite(self.grad_norm)
 
 
 def leave_out_frozen_twins(model: nn.Module) -> None:
@@ -92,6 +103,7 @@ class Engine:
         self._engine.checkpoint_engine = self._files
         self._engine._copy_recovery_script = lambda _: None  # a checkpoint holds no programs
         self._plain_fp32 = is_plain_fp32(config.engine)
+        self._skips_on_device = can_skip_on_device(config)
         self.scorer = Scorer(self.module, self._engine, target_rows, kernels, device, router_loss, warn)
 
     @property
@@ -118,26 +130,32 @@ class Engine:
             self._engine.step()  # between boundaries: counts the micro step, changes no weight
 
     def step(self) -> Update:
-        """One update from the gradients of all ranks; left out when they are not finite."""
+        """One update from the gradients of all ranks; left out when they are not finite. Waits for nothing, where the
+        device can leave it out by itself.
+        """
         if self._plain_fp32:
             return self._plain_step()
-        self._engine.step()
-        applied = bool(self._engine.was_step_applied())
+        with skipping_on_device(self._engine.optimizer) if self._skips_on_device else nullcontext():
+            self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return Update(grad_norm=float(norm) if applied and norm is not None else math.inf, applied=applied)
+        if not self._engine.was_step_applied() or norm is None:
+            norm = math.inf
+        as_tensor = norm.double() if isinstance(norm, torch.Tensor) else numbers_on(self.device, [norm])[0]
+        return Update(as_tensor.masked_fill(is_invalid(as_tensor), math.inf))
 
     def _plain_step(self) -> Update:
         """Norm, clipping and skipping, which DeepSpeed leaves to us where it steps torch's optimizer itself."""
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-        total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total_norm.item())
-        if not math.isfinite(norm):
-            for parameter in parameters:
-                parameter.grad = None  # an optimizer leaves a parameter without a gradient as it is
-        elif self._config.optimizer.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self._config.optimizer.max_grad_norm, total_norm)
-        self._engine.step()
-        return Update(grad_norm=norm, applied=math.isfinite(norm))
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._config.optimizer.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self._config.optimizer.max_grad_norm, norm)
+        optimizer = self._engine.optimizer
+        optimizer.found_inf = is_invalid(norm).float()
+        try:
+            self._engine.step()
+        finally:
+            del optimizer.found_inf
+        return Update(norm.double().masked_fill(is_invalid(norm), math.inf))
 
     def set_learning_rate(self, learning_rate: float) -> None:
         set_learning_rate(self._engine.optimizer, learning_rate)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from tunesmith.kernels.attention.installed import activate_flash_attention_3
 from tunesmith.kernels.attention.segments import Group, Segments
@@ -32,7 +33,7 @@ def takes(query: torch.Tensor, value: torch.Tensor, dropout_p: float) -> bool:
     if query.device.type == "cpu":
         return query.shape[-1] == value.shape[-1] and not dropout_p
     is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and is_16_bit and max(query.shape[-1], value.shape[-1]) <= MAX_HEAD_WIDTH
+    return (query.is_meta or (query.is_cuda and is_16_bit)) and max(query.shape[-1], value.shape[-1]) <= MAX_HEAD_WIDTH
 
 
 def attend(
@@ -48,11 +49,12 @@ def attend(
 ) -> torch.Tensor:
     """[B, S, H, E]. See segment_attention(); only where takes() says so, and without a soft cap."""
     out_width, tensors = value_BGSE.shape[-1], [query_BHSK, key_BGSK, value_BGSE]
-    if query_BHSK.is_cuda:
+    if query_BHSK.device.type != "cpu":
         width = max(query_BHSK.shape[-1], out_width)
         width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-        tensors = [torch.nn.functional.pad(it, (0, width - it.shape[-1])) for it in tensors]
+        tensors = [it if it.shape[-1] == width else pad(it, (0, width - it.shape[-1])) for it in tensors]
     query, key, value = (it.transpose(1, 2).flatten(0, 1) for it in tensors)
+    query = query.contiguous()  # out is laid out alike, and is read as [T, H * K]: else it would be kept twice
     out: torch.Tensor = _Flash.apply(query, key, value, sinks_H, _Call(segments, scale, window, dropout_p))
     return out[..., :out_width].unflatten(0, segments.shape)
 
@@ -89,7 +91,7 @@ class _Flash(torch.autograd.Function):
         sinks: torch.Tensor | None,
         call: _Call,
     ) -> torch.Tensor:
-        forward = _on_cuda if query.is_cuda else _on_cpu
+        forward = _on_cpu if query.device.type == "cpu" else _on_cuda
         with on_its_device(query.device):
             out, lse, *rest = forward(query, key, value, call)
         if sinks is not None:
@@ -107,15 +109,15 @@ class _Flash(torch.autograd.Function):
         if sinks is not None and ctx.needs_input_grad[3]:
             share = (sinks[:, None].to(lse.dtype) - lse).exp()  # [H, T]: of the sink in each softmax
             dsinks = -(share * (dout.to(lse.dtype) * out).sum(-1).t()).sum(1).to(sinks.dtype)
-        backward = _backward_on_cuda if query.is_cuda else _backward_on_cpu
+        backward = _backward_on_cpu if query.device.type == "cpu" else _backward_on_cuda
         with on_its_device(query.device):
             grads = backward(dout.contiguous(), query, key, value, out, lse, *rest, call=ctx.call)
         return *grads, dsinks, None
 
 
 def _on_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call) -> Saved:
-    """All segments in one launch."""
-    if not call.dropout_p:  # which FlashAttention 3 does not have
+    """All segments in one launch. Of meta tensors too, which shows what is kept for a backward."""
+    if query.is_cuda and not call.dropout_p:  # which FlashAttention 3 does not have
         activate_flash_attention_3(query.device)
     out, lse, rng_state, unused, _ = _cuda(
         query, key, value, *call.bounds, call.dropout_p, call.window is None, False, scale=call.scale, **call.windows

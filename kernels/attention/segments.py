@@ -67,35 +67,23 @@ class Segments:
         groups, begin = [], 0
         while begin < len(order):
             longest = int(lengths[order[begin]])
-            fits = lengths[order[begin:]] >= LEAST_FILL * longest
-            members = order[begin : begin + int(fits.sum())]
-            groups.append(self._group(starts[members], lengths[members], longest))
+            members = order[begin:][lengths[order[begin:]] >= LEAST_FILL * longest]
+            place = np.arange(longest)[None]
+            rows = starts[members][:, None] + np.minimum(place, lengths[members][:, None] - 1)
+            repeated = np.flatnonzero(place >= lengths[members][:, None])
+            groups.append(Group(self._there(rows.reshape(-1)), self._there(repeated), len(members), longest))
             begin += len(members)
         return groups
-
-    def _group(self, starts: np.ndarray, lengths: np.ndarray, longest: int) -> Group:
-        place = np.arange(longest)[None]
-        rows = starts[:, None] + np.minimum(place, lengths[:, None] - 1)
-        repeated = np.flatnonzero(place >= lengths[:, None])
-        device = self.cu_seqlens.device
-        return Group(
-            torch.from_numpy(rows.reshape(-1)).to(device),
-            torch.from_numpy(repeated).to(device),
-            len(lengths),
-            longest,
-        )
 
     @cached_property
     def places(self) -> torch.Tensor:
         """[B * S] int64: where each token is first, in the places of all groups one after another."""
-        rows = torch.cat([group.rows for group in self.groups])
-        first = torch.cat([_first_places(group) for group in self.groups])
-        places = torch.empty(self.shape[0] * self.shape[1], dtype=torch.int64, device=rows.device)
-        places[rows[first]] = torch.arange(len(rows), device=rows.device)[first]
-        return places
+        lengths = np.array(self.lengths)
+        widths = np.concatenate([np.full(group.num_segments, group.length) for group in self.groups])
+        first = np.empty(len(lengths), dtype=np.int64)  # of each segment, whose order in the groups is by length
+        first[np.argsort(-lengths, kind="stable")] = np.cumsum(widths) - widths
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return self._there(np.repeat(first, lengths) + within)
 
-
-def _first_places(group: Group) -> torch.Tensor:
-    first = torch.ones(len(group.rows), dtype=torch.bool, device=group.rows.device)
-    first[group.repeated] = False
-    return first
+    def _there(self, numbers: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(self.cu_seqlens.device)

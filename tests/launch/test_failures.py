@@ -236,7 +236,7 @@ def test_host_memory_that_runs_out_is_one_message_with_three_settings(fail: Fail
     assert problem[1].startswith("rank 1 of 2 ran out of host memory at step 3, in forward: peak ")
     assert f"address space limited to {LIMIT_GIB}.0 GiB" in problem[1]
     assert problem[2].count("; or ") == 2
-    assert "model.gradient_checkpointing=true" in problem[2]
+    assert "memory=recompute" in problem[2]
     assert "micro_batch_size" not in problem[2]  # it is 1 already
     assert ended.said.count("TrainingError") == 1
     assert "Traceback" not in ended.said[: problem.end()]

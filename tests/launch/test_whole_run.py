@@ -74,7 +74,7 @@ def test_losses_do_not_depend_on_the_launcher(launcher, ranks, launch, tmp_path,
 
 
 def test_a_lora_run_can_be_talked_to_asked_and_merged(launch, tmp_path):
-    overrides = ("adapter=lora", "adapter.r=4", "model.gradient_checkpointing=true")
+    overrides = ("adapter=lora", "adapter.r=4", "memory=recompute")
     assert launch("forked", "train", *SHORT, *overrides, "output_dir=run").returncode == 0
     assert (tmp_path / "run/model/adapter_model.safetensors").stat().st_size < 600_000
     checkpoint = tmp_path / "run/checkpoints/step-000002/engine/mp_rank_00_model_states.pt"

@@ -16,6 +16,7 @@ from tunesmith.train.config.schema.cluster import ClusterConfig, ClusterKind, Co
 from tunesmith.train.config.schema.data import DataConfig, Truncate
 from tunesmith.train.config.schema.engine import EngineConfig, Offload, Precision
 from tunesmith.train.config.schema.evaluate import EvaluateConfig
+from tunesmith.train.config.schema.memory import MemoryConfig
 from tunesmith.train.config.schema.model import Attention, ModelConfig
 from tunesmith.train.config.schema.objective import ObjectiveConfig, Targets
 from tunesmith.train.config.schema.optimizer import OnSpike, OptimizerConfig
@@ -40,6 +41,7 @@ __all__ = [
     "EngineConfig",
     "EvaluateConfig",
     "Kernels",
+    "MemoryConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "Offload",
@@ -85,6 +87,7 @@ class Config:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     engine: EngineConfig
+    memory: MemoryConfig
     checkpoint: CheckpointConfig
     resume: ResumeConfig
     evaluate: EvaluateConfig

@@ -11,7 +11,7 @@ PEERS = {  # how transformers, TRL, DeepSpeed, torchtune, Axolotl and LLaMA-Fact
     "exp": "experiment recipe preset",
     "model.name_or_path": "model_name_or_path base_model model_name model_id model_path pretrained",
     "model.attention": "attn_implementation flash_attention flash_attn attn",
-    "model.gradient_checkpointing": "activation_checkpointing use_activation_checkpointing",
+    "memory.recompute": "gradient_checkpointing activation_checkpointing use_activation_checkpointing",
     "data.train": "dataset datasets dataset_name dataset_path train_file train_path data_path data_files file path",
     "data.validation": "validation_file eval_file eval_dataset test_file",
     "data.validation_fraction": "val_set_size val_size validation_split eval_split test_size",

@@ -10,7 +10,7 @@ One split of the data is a folder of arrays. Examples lie in the order they are 
     places.json    where each example came from
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,14 +71,26 @@ class Batch:
             pinned = tensor.pin_memory() if to_cuda and tensor.device.type == "cpu" else tensor
             return pinned.to(device, non_blocking=to_cuda)
 
+        return self._mapped(moved)
+
+    def each(self, do: Callable[[Tensor], None]) -> None:
+        """Calls a function with every tensor."""
+
+        def done(tensor: Tensor) -> Tensor:
+            do(tensor)
+            return tensor
+
+        self._mapped(done)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
-            inputs={name: moved(tensor) for name, tensor in self.inputs.items()},
-            labels=moved(self.labels),
-            columns={name: moved(tensor) for name, tensor in self.columns.items()},
-            target_rows=moved(self.target_rows),
-            lengths=moved(self.lengths),
-            segments=self.segments.with_cu_seqlens(moved(self.segments.cu_seqlens)),
+            inputs={name: change(tensor) for name, tensor in self.inputs.items()},
+            labels=change(self.labels),
+            columns={name: change(tensor) for name, tensor in self.columns.items()},
+            target_rows=change(self.target_rows),
+            lengths=change(self.lengths),
+            segments=self.segments.with_cu_seqlens(change(self.segments.cu_seqlens)),
         )
 
 

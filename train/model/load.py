@@ -21,6 +21,7 @@ from tunesmith.train.model.adapter import add_adapter
 from tunesmith.train.model.attention import use_segments
 from tunesmith.train.model.finite import check_finite
 from tunesmith.train.model.foreign_code import check_adapter, check_index, check_kernels
+from tunesmith.train.model.recompute import recompute_blocks
 from tunesmith.train.model.vocabulary import add_rows
 from tunesmith.train.model.weights import load_weights, weight_files
 from tunesmith.train.paths import resolve_path
@@ -46,21 +47,13 @@ def load_model(config: Config, world: World, *, num_ids: int = 0) -> nn.Module:
     check_finite(model, settings.name_or_path, world, choose_device(config.cluster.device, world))
     if settings.resize_embeddings:
         add_rows(model, num_ids, config, world)
-    if settings.gradient_checkpointing:
-        checkpoint_layers(model)
     if settings.attention is Attention.segments:
         use_segments(model)  # settled before: packing.py
+    recompute_blocks(model, config.memory.recompute or 0.0)  # null: nobody settled it, as on a CPU
     model.config.use_cache = False
     torch.manual_seed(config.seed)  # adapters start the same on every rank
     with quiet_transformers(), known_to_peft(config, world):
         return add_adapter(model, config.adapter)
-
-
-def checkpoint_layers(model: Any) -> None:
-    """Has every layer keep its input alone, and compute the rest again in the backward."""
-    # transformers 5.23 has the new name and warns of the old one; earlier releases have only the old.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def check_model(config: Config) -> Any:

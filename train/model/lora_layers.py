@@ -162,7 +162,7 @@ class _LoraForward:
         if layer.disable_adapters or layer.merged_adapters or list(layer.active_adapters) != [self._adapter]:
             return False
         dtypes = {x.dtype, *(parameter.dtype for parameter in self.foreign_parameters())}
-        if len(dtypes) == 1 and not torch.is_autocast_enabled(x.device.type):
+        if len(dtypes) == 1 and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
             return True
         if not self._has_warned:
             self._has_warned = True

@@ -134,6 +134,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def numbers_on(device: torch.device, numbers: list[float]) -> torch.Tensor:
+    """Numbers as float64 on a device, copied without waiting for it."""
+    is_cuda = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.float64, pin_memory=is_cuda).to(device, non_blocking=is_cuda)
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over all ranks, in place; the same on every rank. Does not wait for the GPU."""
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -117,7 +117,7 @@ def config_of(combination: Combination, folder: Path, *overrides: str) -> Any:
         [
             *("model=hub", f"model.name_or_path='{folder}'", "data.train=none.jsonl", "track=none", engine),
             f"engine.precision={combination.precision}",
-            f"model.gradient_checkpointing={str(combination.reuse == 'recomputed').lower()}",
+            f"memory.recompute={int(combination.reuse == 'recomputed')}",
             *(
                 "model.attention=eager",
                 f"adapter={combination.adapter}",

@@ -1,5 +1,7 @@
 """Which batches a step has. The loop asks a feed for them, and whoever reports about a step asks it for their names."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,8 +27,28 @@ class Feed(Protocol):
         """Passes over the data done before a step."""
 
 
+@dataclass(frozen=True)
+class _Made:
+    """The batches of a step, and when their copies to a GPU are done."""
+
+    batches: list[Batch]
+    copied: torch.cuda.Event | None
+
+    def on_current_stream(self) -> list[Batch]:
+        """The batches, for whose copies the GPU waits, not the host."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.copied)
+            for batch in self.batches:
+                batch.each(lambda tensor: tensor.record_stream(stream))  # else their memory is free for the next copy
+        return self.batches
+
+
 class StoredFeed:
-    """Prepared data in an order that is a function of seed and step alone."""
+    """Prepared data in an order that is a function of seed and step alone.
+
+    While a step is computed a thread makes the batches of the next one, and copies them to a GPU beside its work.
+    """
 
     def __init__(
         self, config: Config, store: TokenStore, world: World, device: torch.device, *, pad_token_id: int
@@ -42,14 +64,27 @@ class StoredFeed:
             seed=config.seed,
             lengths=store.lengths if config.batch.packing is Packing.none else None,  # like lengths side by side
         )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._next: tuple[int, Future[_Made]] | None = None
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         epochs = config.schedule.epochs
         self._num_samples = self._order.num_samples(epochs) if epochs else None
         self.total_steps = config.schedule.max_steps or self._order.steps_for(epochs or 0)
 
     def batches(self, step: int) -> list[Batch]:
-        return [
-            self._store.batch(ids, pad_token_id=self._pad_token_id).to(self._device) for ids in self._sequences(step)
-        ]
+        coming, self._next = self._next, None
+        made = coming[1].result() if coming and coming[0] == step else self._make(step)
+        if step + 1 < self.total_steps:
+            self._next = step + 1, self._thread.submit(self._make, step + 1)
+        return made.on_current_stream()
+
+    def _make(self, step: int) -> "_Made":
+        on_host = (self._store.batch(ids, pad_token_id=self._pad_token_id) for ids in self._sequences(step))
+        if self._copies is None:
+            return _Made([batch.to(self._device) for batch in on_host], None)
+        with torch.cuda.stream(self._copies):
+            batches = [batch.to(self._device) for batch in on_host]
+            return _Made(batches, self._copies.record_event())
 
     def names(self, step: int) -> list[list[str]]:
         places = self._store.places()

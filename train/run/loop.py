@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from tunesmith.train.data.store import Batch
 from tunesmith.train.engine import Engine
 from tunesmith.train.errors import Stopped, TrainingError
 from tunesmith.train.objective.objective import Objective, add_to
-from tunesmith.train.ranks.distributed import sum_over_ranks
+from tunesmith.train.ranks.distributed import numbers_on, sum_over_ranks
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import progress, reach
 from tunesmith.train.ranks.state import Step
@@ -42,16 +43,12 @@ def optimizer_step(
     before_update is called once the gradients are there.
     """
     reach(Phase.meeting_at_step)
-    counts = sum_over_ranks(
-        torch.tensor(
-            [
-                sum(objective.denominator(batch) for batch in batches),
-                sum(batch.num_target_tokens for batch in batches),
-                sum(batch.num_tokens for batch in batches),
-            ],
-            dtype=torch.float64,
-        ).to(engine.device)
+    here = (
+        sum(objective.denominator(batch) for batch in batches),
+        sum(batch.num_target_tokens for batch in batches),
+        sum(batch.num_tokens for batch in batches),
     )
+    counts = sum_over_ranks(numbers_on(engine.device, [float(count) for count in here]))
     model = engine.scorer.over(counts[0].float(), counts[2].float())
     loss = torch.zeros((), device=engine.device, dtype=torch.float64)
     losses: list[torch.Tensor] = []
@@ -71,19 +68,22 @@ def optimizer_step(
     reach(Phase.update)
     before_update()
     update = engine.step()
-    row = torch.tensor(vote().row(engine.world), dtype=torch.float64).to(engine.device)
+    row = numbers_on(engine.device, vote().row(engine.world))
     sums_here = torch.cat([torch.stack([loss, *totals.values(), *extra_totals.values()]), row])
-    _, target_tokens, tokens, mean, *said = torch.cat([counts, sum_over_ranks(sums_here)]).tolist()
+    # The one place of a step that waits for the device.
+    said = torch.cat([counts, update.norm[None], sum_over_ranks(sums_here)]).tolist()
+    _, target_tokens, tokens, grad_norm, mean, *said = said
+    applied = math.isfinite(grad_norm)
     busy.finish()
     of_objective, of_model = ({name: said.pop(0) for name in names} for names in (totals, extra_totals))
     return Step(
         loss=mean,
-        grad_norm=update.grad_norm,
-        applied=update.applied,
+        grad_norm=grad_norm,
+        applied=applied,
         tokens=int(tokens),
         target_tokens=int(target_tokens),
         consensus=StepConsensus.of(said),
-        not_finite=() if update.applied else losses_not_finite(losses),
+        not_finite=() if applied else losses_not_finite(losses),
         metrics=(objective.metrics(of_objective) if totals else {}) | of_model,
     )
 

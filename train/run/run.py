@@ -30,6 +30,7 @@ from tunesmith.train.ranks import distributed
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.ranks.phases import Phase
 from tunesmith.train.ranks.progress import plan_faults, progress, reach
+from tunesmith.train.run.memory_plan import settle_memory
 from tunesmith.train.run.versions_check import check_versions
 from tunesmith.train.track.console import Console
 from tunesmith.train.track.reporter import Reporter
@@ -75,6 +76,7 @@ def run(composed: Composed) -> Path:
         nodes = node_checks.check_nodes(config, composed.resolved, world, device, store, run_dir)
         check_versions(config, world, device, reporter)
         os.environ.setdefault("DS_ACCELERATOR", device.type)
+        settle_memory(config, check_model(config), world, device, reporter.note)
         # Imported here because DeepSpeed picks its accelerator while it is imported.
         from tunesmith.train.run.setup import make_run
         from tunesmith.train.run.training import train

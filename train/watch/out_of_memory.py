@@ -67,8 +67,8 @@ def remedies(config: Config, world: World, *, phase: Phase, on_gpu: bool) -> lis
     if batch.micro_batch_size > 1:
         smaller = next(n for n in range(batch.micro_batch_size // 2, 0, -1) if batch.micro_batch_size % n == 0)
         found.append(f"batch.micro_batch_size={smaller} (the same updates, in more forwards)")
-    if not config.model.gradient_checkpointing:
-        found.append("model.gradient_checkpointing=true (recomputes activations, about a third slower)")
+    if (config.memory.recompute or 0) < 1:
+        found.append("memory=recompute (computes activations again, about a third slower)")
     if config.kernels is Kernels.off:
         found.append("kernels=auto (the loss without holding the logits)")
     if engine.stage < 3 and world.world_size > 1:

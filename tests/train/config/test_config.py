@@ -71,6 +71,9 @@ RULES = [  # overrides; the last one is the key that is named; words of the prob
     (["engine=zero3", "engine.nvme_path=/x"], "nothing is offloaded to nvme", "or neither"),
     (["engine=zero3_nvme", "engine.nvme_path=null"], "NVMe offload needs engine.nvme_path.", "/local/nvme"),
     (["engine=zero3_nvme", "engine.nvme_path=''"], "engine.nvme_path is empty.", "leave it out"),
+    (["memory.recompute=1.5"], "recompute=1.5 is no share of the blocks.", "give a number from 0 to 1, or null."),
+    (["memory.recompute=-0.1"], "recompute=-0.1 is no share of the blocks.", "give a number from 0 to 1, or null."),
+    (["memory.limit_gib=0"], "limit_gib must be above 0", "above 0"),
     (["checkpoint.every_steps=0"], "every_steps must be above 0", "above 0"),
     (["checkpoint.keep_last=1"], "keep_last=1 leaves nothing to go back to", "keep at least 2"),
     (
@@ -203,5 +206,6 @@ def test_every_group_of_the_design_is_in_the_schema_and_has_its_file() -> None:
     groups = {key.split(".")[0] for key in schema_keys(Config) if "." in key}
     assert {path.stem for path in SCHEMA_FILES} - {"config", "checks", "__init__"} == groups
     assert " ".join(sorted(groups)) == (
-        "adapter batch checkpoint cluster data engine evaluate model objective optimizer profile resume schedule track"
+        "adapter batch checkpoint cluster data engine evaluate memory model objective optimizer profile resume "
+        "schedule track"
     )

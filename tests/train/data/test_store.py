@@ -40,6 +40,7 @@ def test_a_packed_micro_batch_is_what_a_hand_would_write(make_store):
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.target_rows.tolist() == [1, 2, 3, 5, 6, 10]
     assert (batch.num_target_tokens, batch.target_weight, batch.num_tokens) == (6, 7.0, 12)
+    assert (batch.segments.shape, batch.segments.lengths) == ((2, 8), (5, 3, 4, 4))
 
 
 def test_an_unpacked_micro_batch_is_what_a_hand_would_write(make_store):
@@ -51,6 +52,12 @@ def test_an_unpacked_micro_batch_is_what_a_hand_would_write(make_store):
     assert batch.labels.tolist() == [[21, PAD, X, X, X, X, X, X], [X, 12, 13, PAD, X, X, X, X]]
     assert batch.inputs["position_ids"].tolist() == [list(range(8))] * 2
     assert batch.num_tokens == 8
+    assert batch.segments.lengths == (3, 5, 5, 3)
+
+
+def test_padding_is_cut_into_segments_that_cost_little(make_store):
+    batch = make_store(sequence_length=200).batch([0, -1], pad_token_id=PAD)
+    assert batch.segments.lengths == (5, 4, 3, 64, 64, 60, 64, 64, 64, 8)
 
 
 @pytest.mark.parametrize("packing", list(Packing))

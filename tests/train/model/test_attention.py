@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tunesmith.kernels.attention.segments import Segments
 from tunesmith.train.model.attention import NAMES, offering, use_segments
-from tunesmith.train.model.load import checkpoint_layers
+from tunesmith.train.model.recompute import recompute_blocks
 
 LENGTHS = [[23, 1, 40], [64], [30, 34]]  # two records are longer than a window of 16
 WINDOW = {"sliding_window": 16}
@@ -96,7 +96,7 @@ def test_logits_and_gradients_are_those_of_each_record_alone(family: str, make_m
     for checkpointing in (False, True):  # the second time each layer is computed again in the backward
         if checkpointing:
             model.train()
-            checkpoint_layers(model)
+            recompute_blocks(model, 1.0)
         found, found_gradients = together(model)
         assert relative(found, right) < 1e-5
         assert found_gradients.keys() == right_gradients.keys()
@@ -113,7 +113,7 @@ def test_two_forwards_before_one_backward_keep_their_own_segments(make_model: Ca
     found = {}
     for checkpointing in (False, True):
         if checkpointing:
-            checkpoint_layers(model)
+            recompute_blocks(model, 1.0)
         with offering(segments):
             first = model(**inputs, use_cache=False).logits
         with offering(Segments.of_rows([[64]] * 3)):

@@ -28,8 +28,8 @@ RUNS = [["adapter=none"], DROPOUT, ["adapter=dora", "adapter.dropout=0.2"]]
 def test_neither_recomputation_nor_evaluation_nor_resuming_changes_a_bit(
     ranks: Callable[[int], Any], overrides_of: OverridesOf, tmp_path: Path, adapter: list[str]
 ) -> None:
-    plain = ["model.gradient_checkpointing=false", *adapter]
-    busy = ["model.gradient_checkpointing=true", "evaluate.every_steps=2", *adapter]
+    plain = ["memory=keep", *adapter]
+    busy = ["memory=recompute", "evaluate.every_steps=2", *adapter]
     (alone,) = ranks(1).train_in_pieces(overrides=overrides_of(*plain), run_dir=str(tmp_path / "alone"), stop_after=[])
     (taken_up,) = ranks(1).train_in_pieces(
         overrides=overrides_of(*busy), run_dir=str(tmp_path / "busy"), stop_after=[4, 2]

@@ -136,6 +136,6 @@ def test_lora_trains_every_linear_layer_but_the_head(make_model):
     assert all("lora_" in name for name in trained)
 
 
-def test_gradient_checkpointing_is_switched_on(make_model):
-    model = load_model(config_for(make_model(), "model.gradient_checkpointing=true"), World())
+def test_recomputing_is_switched_on(make_model):
+    model = load_model(config_for(make_model(), "memory=recompute"), World())
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -399,7 +399,11 @@ def test_the_loss_curve_is_pefts_at_every_stage(
     adapter: str,
     checkpointing: str,
 ) -> None:
-    own = [f"model.gradient_checkpointing={checkpointing}", f"adapter={adapter}", "checkpoint.at_end=false"]
+    own = [
+        f"memory={'recompute' if checkpointing == 'true' else 'keep'}",
+        f"adapter={adapter}",
+        "checkpoint.at_end=false",
+    ]
     own += ["batch.global_batch_size=4", "batch.micro_batch_size=1", "optimizer.learning_rate=1e-2"]
     model = make_model(model_type, **(GPT2 if model_type == "gpt2" else {}))
     common = short_run(stage, 3, *own, records=13, splits_all=True, model=model)

@@ -247,7 +247,7 @@ def test_the_loss_curve_of_every_family_is_the_one_of_whole_logits(
 ) -> None:
     model_type, settings, _ = FAMILIES[family]
     common = overrides_of(
-        f"model.gradient_checkpointing={bool(checkpointing)}",
+        f"memory.recompute={int(checkpointing)}",
         model=make_model(model_type, **settings),
         adapter=adapter,
     )

@@ -107,6 +107,12 @@ def test_a_model_that_cannot_keep_records_apart_is_trained_unpacked_and_says_so(
     assert chosen(model, "batch.packing=none") == (Packing.none, [])
 
 
+def test_attention_in_segments_is_refused_where_a_model_cannot_have_it(model_of: Callable[[str], Path]) -> None:
+    with pytest.raises(ModelError, match="has other logits with attention inside segments") as caught:
+        chosen(model_of("lfm2"), "model.attention=segments")
+    assert caught.value.do == "set model.attention=auto."
+
+
 @pytest.mark.parametrize("family", PACKED)
 def test_a_model_that_keeps_records_apart_is_packed(family: str, model_of: Callable[[str], Path]) -> None:
     model = model_of(family)

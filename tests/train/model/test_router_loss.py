@@ -58,7 +58,7 @@ def first_step(rank: Any, overrides: list[str], coefficient: float) -> dict[str,
         (3, ["batch.packing=none"]),
         pytest.param(0, [], marks=pytest.mark.slow),
         pytest.param(2, ["batch.packing=none", "kernels=off"], marks=pytest.mark.slow),
-        pytest.param(3, ["kernels=off", "model.gradient_checkpointing=true"], marks=pytest.mark.slow),
+        pytest.param(3, ["kernels=off", "memory=recompute"], marks=pytest.mark.slow),
         pytest.param(2, ["batch.micro_batch_size=4"], marks=pytest.mark.slow),
     ],
 )

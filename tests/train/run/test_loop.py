@@ -130,5 +130,5 @@ def test_the_loss_curve_of_packed_sequences_does_not_depend_on_the_split(curve_o
 
 @pytest.mark.parametrize("adapter", covered(["none", "lora"], ["none"]))
 def test_gradient_checkpointing_does_not_change_the_loss_curve(curve_of: CurveOf, adapter: str) -> None:
-    curve = curve_of(2, 2, 4, adapter, "model.gradient_checkpointing=true")
+    curve = curve_of(2, 2, 4, adapter, "memory=recompute")
     assert_same_curve(curve, curve_of(1, 0, 1, adapter))

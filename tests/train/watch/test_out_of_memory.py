@@ -25,19 +25,19 @@ def named(config: Config, world: World = TWO, phase: Phase = Phase.forward, on_g
     [
         (
             ["batch.micro_batch_size=2"],
-            ["batch.micro_batch_size=1", "model.gradient_checkpointing=true", "engine=zero3"],
+            ["batch.micro_batch_size=1", "memory=recompute", "engine=zero3"],
         ),
-        (["engine=ddp"], ["model.gradient_checkpointing=true", "engine=zero1", "adapter=lora"]),
+        (["engine=ddp"], ["memory=recompute", "engine=zero1", "adapter=lora"]),
         (
-            ["model.gradient_checkpointing=true"],
+            ["memory=recompute"],
             ["engine=zero3", "engine.offload_optimizer=cpu", "adapter=lora"],
         ),
         (
-            ["model.gradient_checkpointing=true", "kernels=off", "adapter=lora"],
+            ["memory=recompute", "kernels=off", "adapter=lora"],
             ["kernels=auto", "engine=zero3", "engine.offload_optimizer=cpu"],
         ),
         (
-            ["model.gradient_checkpointing=true", "engine=zero3_offload", "adapter=lora"],
+            ["memory=recompute", "engine=zero3_offload", "adapter=lora"],
             ["engine.precision=bf16", "batch.sequence_length=256", "more"],
         ),
     ],

@@ -69,7 +69,7 @@ def test_gathered_weights_are_released_again(
     adapter: str,
     checkpointing: str,
 ) -> None:
-    own = [f"model.gradient_checkpointing={checkpointing}", *f"adapter={adapter}".split()]
+    own = [f"memory={'recompute' if checkpointing == 'true' else 'keep'}", *f"adapter={adapter}".split()]
     model = make_model(num_hidden_layers=NUM_LAYERS)
     overrides = short_run(3, 3, *own, "checkpoint.at_end=false", model=model, splits_all=True)
     for found in ranks(2).run(residency, overrides=overrides):

@@ -18,7 +18,7 @@ class BatchConfig:
     """How examples become batches."""
 
     global_batch_size: int  # sequences per optimizer step, all ranks
-    micro_batch_size: int  # sequences per forward, one rank; accumulation follows from the two and the ranks
+    micro_batch_size: int  # sequences per forward, one rank; with memory=auto at most so many; accumulation follows
     sequence_length: int  # tokens in one sequence at most
     packing: Packing = (
         Packing.auto

@@ -27,7 +27,6 @@ class ModelConfig:
     trust_remote_code: Any = False  # lets code from the model's folder run; true or false, nothing else
     attention: Attention = Attention.auto  # segments: ours, without a mask; auto: that or what transformers picks
     resize_embeddings: bool = False  # adds rows for ids of the tokenizer that the model has none for, and trains them
-    gradient_checkpointing: bool = False  # recompute activations in the backward: less memory, about 30 % more time
     router_aux_loss_coef: float | None = None  # weight of the routers' auxiliary loss, 0: none, null: as in config.json
 
     def __post_init__(self) -> None:
