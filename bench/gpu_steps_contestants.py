@@ -6,6 +6,7 @@ kernel: that is them at their best.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -112,6 +113,7 @@ def hf_config(case: Case) -> Any:
 
 def ours(case: Case, device: torch.device) -> Step:
     """The engine, kernels and optimizer step of a run; DeepSpeed has to be there."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed picks its accelerator while it is imported
     from tunesmith.train.config.compose import compose_config
     from tunesmith.train.data.example import Example
     from tunesmith.train.data.store import TokenStore, write_store
