@@ -58,12 +58,12 @@ format: $(INSTALLED)  ## let ruff put the code in order
 docs: $(INSTALLED)  ## write docs/config.md from the schemas
 	$(BIN)/python launch/config_docs.py
 
-bench: $(INSTALLED)  ## speed, memory and start-up against transformers.Trainer and TRL, on the CPU; 12 minutes
+bench: $(INSTALLED)  ## speed, memory and start-up against transformers.Trainer and TRL, on the CPU; 13 minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	@$(BIN)/python bench/cpu_throughput.py
 	@$(BIN)/python bench/performance_page.py
 
-bench-growth: $(INSTALLED)  ## how the cost of a step grows, with exponents; 3 minutes
+bench-growth: $(INSTALLED)  ## how the cost of a step grows, with exponents; 2 minutes
 	$(BIN)/python bench/growth.py
 	$(BIN)/python bench/performance_page.py
 
