@@ -27,6 +27,7 @@ class Model:
     parameters: float
     lora: float  # trained by LoRA of rank 16 on every linear layer
     layers: int
+    ends: float  # embeddings and head
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Link:
 
 
 MODELS = (
-    Model("1B", 1.24e9, 11.3e6, 16),
-    Model("8B", 8.03e9, 41.9e6, 32),
-    Model("70B", 70.6e9, 207e6, 80),
+    Model("1B", 1.24e9, 11.3e6, 16, 0.263e9),
+    Model("8B", 8.03e9, 41.9e6, 32, 1.05e9),
+    Model("70B", 70.6e9, 207e6, 80, 2.1e9),
 )
 NVLINK_RATE = 360e9  # 450 GB/s each way, of which NCCL's collectives reach about 80 %
 FLOPS = 400e12  # bf16 a second that training reaches on an H100 or H200, half of what its products alone do
@@ -80,19 +81,26 @@ def gradient_bytes(stage: int, trained: float, ranks: int, accumulation: int) ->
     return (1 if stage == 3 else 2) * share * FP32 * trained * passes
 
 
-def weight_bytes(stage: int, parameters: float, trained: float, ranks: int, accumulation: int) -> float:
-    """Of gathering weights, bf16: ZeRO 1 and 2 what was trained, after the update; ZeRO 3 all, for the forward and
-    again for the backward, of every micro batch. Parameters below stage3_param_persistence_threshold are left out: they
-    are under a thousandth.
+def gathered_in_backward(parameters: float, ends: float, *, lora: bool) -> float:
+    """Parameters that ZeRO 3 gathers for a backward: frozen ends have no gradient to compute, and the loss keeps what
+    it needs of the head.
     """
-    share = (ranks - 1) / ranks
-    return share * BF16 * (trained if stage < 3 else 2 * accumulation * parameters)
+    return parameters - ends if lora else parameters
+
+
+def weight_bytes(stage: int, trained: float, gathered: float, ranks: int, accumulation: int) -> float:
+    """Of gathering weights, bf16: ZeRO 1 and 2 what was trained, after the update; ZeRO 3 all, for the forward and the
+    backward of every micro batch (gathered: of both together). Parameters below stage3_param_persistence_threshold are
+    left out: they are under a thousandth.
+    """
+    return (ranks - 1) / ranks * BF16 * (trained if stage < 3 else accumulation * gathered)
 
 
 def step_bytes(stage: int, model: Model, ranks: int, *, lora: bool, accumulation: int = 1) -> float:
     trained = model.lora if lora else model.parameters
+    gathered = model.parameters + gathered_in_backward(model.parameters, model.ends, lora=lora)
     return gradient_bytes(stage, trained, ranks, accumulation) + weight_bytes(
-        stage, model.parameters, trained, ranks, accumulation
+        stage, trained, gathered, ranks, accumulation
     )
 
 
@@ -111,7 +119,7 @@ def backward_break_even(stage: int, model: Model, ranks: int, link: Link, *, lor
     trained = model.lora if lora else model.parameters
     moved, collectives = gradient_bytes(stage, trained, ranks, 1), max(1.0, trained / GOOD_BUCKET)
     if stage == 3:
-        moved += (ranks - 1) / ranks * BF16 * model.parameters
+        moved += (ranks - 1) / ranks * BF16 * gathered_in_backward(model.parameters, model.ends, lora=lora)
         collectives += GATHERS_A_BLOCK * model.layers
     return _seconds(moved, collectives, ranks, link) * FLOPS / (2 * model.parameters + 2 * trained)
 
@@ -132,7 +140,7 @@ def exposed_seconds(stage: int, model: Model, ranks: int, link: Link, *, lora: b
     if stage == 3:
         return 0.0
     trained = model.lora if lora else model.parameters
-    return _seconds(weight_bytes(stage, model.parameters, trained, ranks, 1), 1, ranks, link)
+    return _seconds(weight_bytes(stage, trained, 0.0, ranks, 1), 1, ranks, link)
 
 
 def good_bucket(link: Link, ranks: int, efficiency: float = 0.9) -> float:
