@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster test-all torture planted test-gpu lint format docs bench step-proxies bench-gpu bench-crash engine-check kernels-check kernels-report clean
+.PHONY: help demo test test-slow test-cluster test-all torture planted test-gpu lint format docs bench step-proxies bench-growth bench-gpu bench-gpu-steps bench-crash engine-check kernels-check kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -58,9 +58,14 @@ format: $(INSTALLED)  ## let ruff put the code in order
 docs: $(INSTALLED)  ## write docs/config.md from the schemas
 	$(BIN)/python launch/config_docs.py
 
-bench: $(INSTALLED)  ## tokens per second against transformers.Trainer and TRL, on the CPU
+bench: $(INSTALLED)  ## speed, memory and start-up against transformers.Trainer and TRL, on the CPU; 13 minutes
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python bench/cpu_throughput.py
+	@$(BIN)/python bench/cpu_throughput.py
+	@$(BIN)/python bench/performance_page.py
+
+bench-growth: $(INSTALLED)  ## how the cost of a step grows, with exponents; 2 minutes
+	$(BIN)/python bench/growth.py
+	$(BIN)/python bench/performance_page.py
 
 step-proxies: $(INSTALLED)  ## what a step costs whatever the machine's mood: waits, masks, bytes, launches
 	$(BIN)/python bench/step_proxies.py --list
@@ -70,6 +75,12 @@ bench-gpu: $(INSTALLED)  ## the kernels against Liger, CCE, PEFT and others, on 
 	$(BIN)/python bench/gpu_probe.py --seconds 60
 	$(BIN)/python bench/gpu_loss.py --seconds 130
 	$(BIN)/python bench/gpu_lora.py --seconds 90
+
+bench-gpu-steps: $(INSTALLED)  ## whole steps against PEFT, TRL, Liger and torch.compile, on a GPU; under nine minutes
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python bench/gpu_probe.py --seconds 30
+	$(BIN)/python bench/gpu_steps.py --seconds 400
+	$(BIN)/python bench/performance_page.py
 
 bench-crash: $(INSTALLED)  ## crashes, flipped bits and resuming, beside transformers.Trainer with DeepSpeed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

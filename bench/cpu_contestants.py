@@ -1,107 +1,40 @@
-"""The trainings that cpu_throughput.py compares: one model, one data set, one length, in three libraries."""
+"""The trainings that cpu_throughput.py compares: one setting, in three libraries."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from cpu_setting import SEQUENCE_LENGTH, Prepared, Setting, trainer_arguments
 from measuring import StepDone, Training
 
-SEQUENCE_LENGTH = 512
-SEQUENCES_PER_STEP = 4  # packed
-RECORDS_PER_STEP = 32  # padded: what four packed sequences of the example hold
-LEARNING_RATE, BETAS, EPS, MAX_GRAD_NORM = 2e-3, (0.9, 0.95), 1e-8, 1.0
-WARM_UP_STEPS, ROUNDS, STEPS_PER_TURN = 2, 18, 1
-TOTAL_STEPS = WARM_UP_STEPS + ROUNDS * STEPS_PER_TURN
-PADDED_MICRO_BATCH_SIZE = 16  # the fastest of 4, 8, 16 and 32 on the machine of bench/results
 
+def our_loop(prepared: Prepared, world: Any, reporter: Any) -> Any:
+    """The real loop of a run of ours; the ranks have met."""
+    import torch
 
-class Setting:
-    """What all contestants share: config, tokenizer, our prepared data, and the rows as the others take them."""
+    from tunesmith.train.model.kernel_choice import choose_kernels
+    from tunesmith.train.run.loop import Loop
+    from tunesmith.train.run.setup import make_run, open_session
 
-    def __init__(self, scratch: Path) -> None:
-        import torch
-
-        from tunesmith.train.config.compose import compose_config
-        from tunesmith.train.data.prepare import prepare
-        from tunesmith.train.data.tokenizer import load_tokenizer
-        from tunesmith.train.model.load import check_model
-        from tunesmith.train.model.packing import settle
-        from tunesmith.train.objective.objective import make_objective
-        from tunesmith.train.paths import resolve_path
-
-        self.scratch = scratch
-        overrides = [
-            "model=tiny",
-            "data=example",
-            "data.validation=[]",
-            f"data.cache_dir={scratch / 'cache'}",
-            "engine=ddp",
-            "engine.precision=fp32",
-            "track=none",
-            "checkpoint.at_end=false",
-            "schedule=constant",
-            "schedule.warmup_fraction=0",
-            "schedule.epochs=null",
-            f"schedule.max_steps={TOTAL_STEPS}",
-            "batch.packing=best_fit",
-            f"batch.sequence_length={SEQUENCE_LENGTH}",
-            f"batch.global_batch_size={SEQUENCES_PER_STEP}",
-            f"batch.micro_batch_size={SEQUENCES_PER_STEP}",
-            f"optimizer.learning_rate={LEARNING_RATE}",
-            f"optimizer.beta1={BETAS[0]}",
-            f"optimizer.beta2={BETAS[1]}",
-            f"optimizer.eps={EPS}",
-            f"optimizer.max_grad_norm={MAX_GRAD_NORM}",
-        ]
-        self.config = compose_config(overrides).config
-        settle(self.config, check_model(self.config), torch.device("cpu"), print)
-        self.tokenizer = load_tokenizer(self.config.model, self.config.data)
-        self.objective = make_objective(self.config, self.tokenizer)
-        self.data = prepare(self.config, self.tokenizer, self.objective, show_progress=False)
-        path = Path(resolve_path(self.config.data.train_sources[0]))
-        self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-    def model(self) -> Any:
-        from tunesmith.train.model.load import load_base
-
-        model = load_base(self.config)
-        model.config.use_cache = False
-        return model
-
-    def arguments(self, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
-        """Arguments of TrainingArguments and SFTConfig alike."""
-        return {
-            "output_dir": str(self.scratch / "trainer"),
-            "use_cpu": True,
-            "bf16": False,
-            "activation_checkpointing": False,
-            "per_device_train_batch_size": micro_batch_size,
-            "gradient_accumulation_steps": accumulation,
-            "max_steps": TOTAL_STEPS,
-            "learning_rate": LEARNING_RATE,
-            "lr_scheduler_type": "constant",
-            "weight_decay": 0.0,
-            "adam_beta1": BETAS[0],
-            "adam_beta2": BETAS[1],
-            "adam_epsilon": EPS,
-            "max_grad_norm": MAX_GRAD_NORM,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
+    device = torch.device("cpu")
+    run = make_run(
+        prepared.config,
+        world,
+        device,
+        prepared.scratch / "run",
+        tokenizer=prepared.tokenizer,
+        objective=prepared.objective,
+        data=prepared.data,
+        kernels=choose_kernels(prepared.config, device),
+        reporter=reporter,
+    )
+    return Loop(run, open_session(run))
 
 
 def tunesmith(setting: Setting) -> Training:
     """The real loop: its data path, engine and bookkeeping."""
     import torch
 
-    from tunesmith.train.model.kernel_choice import choose_kernels
     from tunesmith.train.ranks.distributed import World, start
-    from tunesmith.train.run.loop import Loop
-    from tunesmith.train.run.setup import make_run, open_session
     from tunesmith.train.track.reporter import Reporter
 
     class Turns(Reporter):
@@ -111,21 +44,9 @@ def tunesmith(setting: Setting) -> Training:
             self.step_done(step.loss, step.target_tokens)
 
     reporter = Turns(None)
-    device = torch.device("cpu")
     if not torch.distributed.is_initialized():
-        start(World(), device, timeout_minutes=10)
-    run = make_run(
-        setting.config,
-        World(),
-        device,
-        setting.scratch / "run",
-        tokenizer=setting.tokenizer,
-        objective=setting.objective,
-        data=setting.data,
-        kernels=choose_kernels(setting.config, device),
-        reporter=reporter,
-    )
-    loop = Loop(run, open_session(run))
+        start(World(), torch.device("cpu"), timeout_minutes=10)
+    loop = our_loop(setting, World(), reporter)
 
     def train(step_done: StepDone) -> None:
         reporter.step_done = step_done
@@ -135,15 +56,8 @@ def tunesmith(setting: Setting) -> Training:
 
 
 def tokenised(setting: Setting) -> list[dict[str, list[int]]]:
-    """Each row as input_ids up to its end-of-turn token, and a completion_mask of the tokens that are learned."""
-    rows = []
-    for row in setting.rows:
-        question = [{"role": "user", "content": row["prompt"]}]
-        answer = [{"role": "assistant", "content": row["completion"]}]
-        prompt = setting.tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
-        ids = setting.tokenizer.apply_chat_template(question + answer)["input_ids"]
-        ids = ids[: len(ids) - ids[::-1].index(setting.tokenizer.eos_token_id)]
-        rows.append({"input_ids": ids, "completion_mask": [0] * len(prompt) + [1] * (len(ids) - len(prompt))})
+    """The rows of the setting. Raises when they are not those that ours learns from."""
+    rows = [setting.tokenised(row) for row in setting.rows]
     ours = setting.data.train
     counts = [sum(len(row[name]) if name == "input_ids" else sum(row[name]) for row in rows) for name in rows[0]]
     if counts != [ours.num_tokens, ours.num_target_tokens]:
@@ -189,13 +103,19 @@ def hugging_face(make: Callable[[type], Any], base: type) -> Training:
     return train
 
 
-def trainer(setting: Setting, micro_batch_size: int = PADDED_MICRO_BATCH_SIZE) -> Training:
+def trainer(setting: Setting, micro_batch_size: int | None = None) -> Training:
     """transformers.Trainer, every record padded to SEQUENCE_LENGTH."""
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments, default_data_collator
 
+    kind = setting.kind
     rows = [padded(row, setting.tokenizer.pad_token_id) for row in tokenised(setting)]
-    arguments = TrainingArguments(**setting.arguments(micro_batch_size, RECORDS_PER_STEP // micro_batch_size))
+    micro_batch_size = micro_batch_size or kind.padded_micro_batch_size
+    accumulation = len(rows) // micro_batch_size
+    folder = setting.scratch / "trainer"
+    arguments = TrainingArguments(
+        **trainer_arguments(kind, folder, setting.total_steps, micro_batch_size, accumulation)
+    )
     return hugging_face(
         lambda cls: cls(
             model=setting.model(),
@@ -208,14 +128,15 @@ def trainer(setting: Setting, micro_batch_size: int = PADDED_MICRO_BATCH_SIZE) -
 
 
 def sft_packed(setting: Setting) -> Training:
-    """trl.SFTTrainer with best-fit-decreasing packing."""
+    """trl.SFTTrainer with best-fit-decreasing packing and the loss it has by default: a fused head, in chunks."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     # One sequence a forward, the fastest of 1, 2 and 4: trl joins more of them into one long row, whose dense mask
     # costs sdpa the square of its length.
+    kind = setting.kind
     arguments = SFTConfig(
-        **setting.arguments(1, SEQUENCES_PER_STEP),
+        **trainer_arguments(kind, setting.scratch / "sft", setting.total_steps, 1, kind.packed_sequences),
         packing=True,
         packing_strategy="bfd",
         max_length=SEQUENCE_LENGTH,
@@ -229,10 +150,26 @@ def sft_packed(setting: Setting) -> Training:
             train_dataset=Dataset.from_list(tokenised(setting)),
             processing_class=setting.tokenizer,
         )
+        if len(trainer.train_dataset) != kind.packed_sequences:
+            raise RuntimeError(f"trl packs into {len(trainer.train_dataset)} sequences, not {kind.packed_sequences}.")
+        check_fused_head(trainer)
         check_separate(trainer)
         return trainer
 
     return hugging_face(make, SFTTrainer)
+
+
+def check_fused_head(trainer: Any) -> None:
+    """Raises when the loss takes whole logits from the head: then the peer is weaker than the one that users get."""
+    import torch
+
+    def called(*_: Any) -> None:
+        raise RuntimeError("trl's head is not fused: the comparison would not be with its default.")
+
+    hook = trainer.model.get_output_embeddings().register_forward_hook(called)
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, dict(next(iter(trainer.get_train_dataloader()))))
+    hook.remove()
 
 
 def check_separate(trainer: Any) -> None:

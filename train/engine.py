@@ -23,7 +23,7 @@ from tunesmith.train.zero.checkpoint_engine import EngineFiles
 from tunesmith.train.zero.deepspeed import deepspeed
 from tunesmith.train.zero.deepspeed_config import deepspeed_config, is_plain_fp32, raw_keys_explained
 from tunesmith.train.zero.held_memory import held_bytes
-from tunesmith.train.zero.sharding import gathered
+from tunesmith.train.zero.sharding import full_shape, gathered
 from tunesmith.train.zero.skip_on_device import can_skip_on_device, is_invalid, skipping_on_device
 
 TAG = "engine"  # folder of DeepSpeed's files inside a checkpoint
@@ -91,12 +91,13 @@ class Engine:
             model.to(device)
         if self._frozen_left_out:
             leave_out_frozen_twins(model)
+        trained = [math.prod(full_shape(parameter)) for group in groups for parameter in group["params"]]
         optimizer = make_optimizer(groups, config)
         with raw_keys_explained(config):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
-                config=deepspeed_config(config, world.world_size),
+                config=deepspeed_config(config, world.world_size, trained),
                 dist_init_required=False,
             )
         self._files = EngineFiles()

@@ -1,6 +1,6 @@
 """DeepSpeed's config from Tunesmith's. The one place where its spellings stand."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -46,6 +46,14 @@ OWNED = {
 }
 
 
+# Elements of a gradient bucket, which DeepSpeed sums over the ranks while the backward goes on. The derivation and its
+# assumptions: docs/scaling.md.
+DEFAULT_BUCKET = 500_000_000  # DeepSpeed's own; it holds up to two buffers of it, whatever there is to sum
+LEAST_BUCKET = 4_000_000  # 16 MB in fp32: below, latency costs more than bytes do
+GOOD_BUCKET = 50_000_000  # 200 MB in fp32: above, nothing is gained, and the last bucket hides behind nothing
+BUCKETS = 8  # so that the first sums start when an eighth of the gradients is there
+
+
 # Names that a misspelt one is measured against; others are let through, as DeepSpeed has many and adds more.
 SECTIONS = [
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -63,9 +71,14 @@ def check(config: Config, world_size: int) -> None:
     deepspeed_config(config, world_size)
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The dictionary for deepspeed.initialize. Raises ConfigError when a raw key contradicts our settings."""
+def deepspeed_config(config: Config, world_size: int, trained: Sequence[int] = ()) -> dict[str, Any]:
+    """The dictionary for deepspeed.initialize. Raises ConfigError when a raw key contradicts our settings.
+
+    trained: elements of each parameter that is trained; without them buckets are DeepSpeed's.
+    """
     owned = _owned(config, world_size)
+    if trained and zero_stage(config.engine):
+        owned["zero_optimization"]["reduce_bucket_size"] = reduce_bucket_size(trained)
     _check_no_secret(config.engine.deepspeed)
     _check_raw(config.engine.deepspeed, owned)
     tree = _merged(owned, config.engine.deepspeed)
@@ -141,6 +154,15 @@ def _zero(engine: EngineConfig) -> dict[str, Any]:
 def _offload(where: Offload, nvme_path: str | None) -> dict[str, Any]:
     tree: dict[str, Any] = {"device": str(where), "pin_memory": True}
     return tree | ({"nvme_path": nvme_path and resolve_path(nvme_path)} if where is Offload.nvme else {})
+
+
+def reduce_bucket_size(trained: Sequence[int]) -> int:
+    """Elements of a gradient bucket: an eighth of all within limits, and every parameter that fits DeepSpeed's own
+    bucket fits ours, as larger ones are summed by themselves, past the buffers.
+    """
+    total = sum(trained)
+    largest = max(size for size in (*trained, 0) if size <= DEFAULT_BUCKET)
+    return min(total, max(LEAST_BUCKET, largest, min(GOOD_BUCKET, total // BUCKETS)), DEFAULT_BUCKET)
 
 
 @contextmanager

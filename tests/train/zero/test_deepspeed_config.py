@@ -1,9 +1,12 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from tunesmith.train.config.compose import compose_config
 from tunesmith.train.config.config import Config
 from tunesmith.train.errors import ConfigError
-from tunesmith.train.zero.deepspeed_config import check, deepspeed_config
+from tunesmith.train.zero.deepspeed_config import check, deepspeed_config, reduce_bucket_size
 
 
 def config_of(*overrides: str) -> Config:
@@ -126,3 +129,43 @@ def test_offload_reaches_deepspeed() -> None:
     zero = deepspeed_config(config_of("engine=zero2_offload"), world_size=1)["zero_optimization"]
     assert zero["offload_optimizer"]["device"] == "cpu"
     assert "offload_param" not in zero
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        ([1_000, 500], 1_500),  # no more than there is
+        ([65_536] * 640, 5_242_880),  # LoRA of an 8B model: an eighth
+        ([65_536] * 64, 4_000_000),  # latency would cost more than the bytes do
+        ([10_000_000] * 300, 50_000_000),
+        ([525_336_576, *[58_720_256] * 96], 58_720_256),  # an 8B model: embeddings pass every bucket by
+        ([262_668_288, *[16_777_216] * 48], 262_668_288),  # tied embeddings of a 1B model
+        ([600_000_000, 1_000], 50_000_000),  # what is larger than any bucket does not count
+    ],
+)
+def test_a_gradient_bucket_fits_what_is_trained(trained: list[int], expected: int) -> None:
+    assert reduce_bucket_size(trained) == expected
+    zero = deepspeed_config(config_of("engine=zero2"), 2, trained)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == expected
+
+
+def test_a_raw_bucket_size_outweighs_ours_and_none_is_set_where_nothing_is_split() -> None:
+    raw = config_of("engine=zero3", "engine.deepspeed.zero_optimization.reduce_bucket_size=7")
+    assert deepspeed_config(raw, 2, [1_000])["zero_optimization"]["reduce_bucket_size"] == 7
+    plain = config_of("engine=ddp", "engine.precision=fp32")
+    assert "reduce_bucket_size" not in deepspeed_config(plain, 2, [1_000])["zero_optimization"]
+
+
+def bucket_of(rank: Any, overrides: list[str]) -> tuple[int, int]:
+    """On a rank: elements of DeepSpeed's bucket, and of all trained parameters."""
+    with rank.ready(overrides) as (loop, _):
+        engine = loop.session.engine
+        return engine._engine.zero_reduce_bucket_size(), loop.session.size.trainable
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_holds_no_larger_bucket_than_there_are_gradients(
+    stage: int, ranks: Callable[[int], Any], short_run: Callable[..., list[str]]
+) -> None:
+    for bucket, trained in ranks(2).run(bucket_of, overrides=short_run(stage, 1, "checkpoint.at_end=false")):
+        assert bucket == trained
