@@ -33,10 +33,15 @@ def why_not_triton(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"Triton kernels are for CUDA devices, not {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
+    if not is_ampere(device):
         return f"{torch.cuda.get_device_name(device)} is older than Ampere"
     return None
+
+
+@cache
+def is_ampere(device: torch.device) -> bool:
+    """Whether a GPU is of that generation or a later one."""
+    return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
 def arch(device: torch.device) -> int:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from tunesmith.kernels.attention.installed import activate_flash_attention_3
+from tunesmith.kernels.attention.installed import activate_flash_attention_3, leave_flash_attention_3
 from tunesmith.kernels.attention.segments import Group, Segments
-from tunesmith.kernels.device import on_its_device
+from tunesmith.kernels.device import is_ampere, on_its_device
 
 MAX_HEAD_WIDTH = 256  # of the CUDA kernels
 WIDTH_MULTIPLE = 8  # of the CUDA kernels: widths are padded to one
@@ -32,8 +32,10 @@ def takes(query: torch.Tensor, value: torch.Tensor, dropout_p: float) -> bool:
     """Whether there are kernels for such tensors."""
     if query.device.type == "cpu":
         return query.shape[-1] == value.shape[-1] and not dropout_p
+    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_WIDTH:
+        return False
     is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
-    return (query.is_meta or (query.is_cuda and is_16_bit)) and max(query.shape[-1], value.shape[-1]) <= MAX_HEAD_WIDTH
+    return query.is_meta or (query.is_cuda and is_16_bit and is_ampere(query.device))
 
 
 def attend(
@@ -117,7 +119,9 @@ class _Flash(torch.autograd.Function):
 
 def _on_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call) -> Saved:
     """All segments in one launch. Of meta tensors too, which shows what is kept for a backward."""
-    if query.is_cuda and not call.dropout_p:  # which FlashAttention 3 does not have
+    if query.is_cuda and call.dropout_p:  # which FlashAttention 3 does not have
+        leave_flash_attention_3()
+    elif query.is_cuda:
         activate_flash_attention_3(query.device)
     out, lse, rng_state, unused, _ = _cuda(
         query, key, value, *call.bounds, call.dropout_p, call.window is None, False, scale=call.scale, **call.windows

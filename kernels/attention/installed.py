@@ -5,6 +5,7 @@ torch has itself, is asked for soft caps only.
 """
 
 import importlib.util
+import warnings
 from functools import cache
 
 import torch
@@ -21,7 +22,18 @@ def activate_flash_attention_3(device: torch.device) -> None:
 
     # torch 2.10 has the registry, and 2.11 the entry.
     if "FA3" in attention.list_flash_attention_impls() and not attention.current_flash_attention_impl():
-        attention.activate_flash_attention_impl("FA3")
+        try:
+            attention.activate_flash_attention_impl("FA3")
+        except (ImportError, RuntimeError) as error:  # it is built for another torch or CUDA
+            warnings.warn(f"FlashAttention 3 is installed and cannot be used: {error}", stacklevel=2)
+
+
+def leave_flash_attention_3() -> None:
+    """Has torch call its own kernels again, which know dropout."""
+    from torch.nn import attention
+
+    if attention.current_flash_attention_impl() == "FA3":
+        attention.restore_flash_attention_impl()
 
 
 def takes(query: torch.Tensor, value: torch.Tensor, sinks_H: torch.Tensor | None) -> bool:

@@ -26,7 +26,7 @@ def segment_attention(
     sinks_H: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """Attention inside each segment, [B, S, H, E], in the dtype of query; differentiable, without waiting for a GPU.
+    """Attention inside each segment, [B, S, H, E], in the dtype of query; differentiable.
 
     Args:
         query_BHSK: [B, H, S, K], any strides; memory laid out as [B, S, H, K] is read as it lies.
@@ -44,7 +44,9 @@ def segment_attention(
     scale = query_BHSK.shape[-1] ** -0.5 if scale is None else scale
     window = None if window is None or window >= segments.max_length else window
     tensors = query_BHSK, key_BGSK, value_BGSE, segments
-    if softcap is None and flash.takes(query_BHSK, value_BGSE, dropout_p):
+    # On meta tensors, which count what is kept, a soft cap counts as on a GPU, where nothing keeps whole scores.
+    is_counted = query_BHSK.is_meta and sinks_H is None and not dropout_p
+    if (softcap is None or is_counted) and flash.takes(query_BHSK, value_BGSE, dropout_p):
         return flash.attend(*tensors, scale=scale, window=window, sinks_H=sinks_H, dropout_p=dropout_p)
     if softcap is not None and installed.takes(query_BHSK, value_BGSE, sinks_H):
         return installed.attend(*tensors, scale=scale, window=window, softcap=softcap, dropout_p=dropout_p)

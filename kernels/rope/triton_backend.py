@@ -31,7 +31,8 @@ def _rotate(
     for start in range(0, heads, BLOCK_H):
         head = start + tl.arange(0, BLOCK_H)
         inside = (head[:, None] < heads) & within[None, :]
-        source, target = x + head[:, None] * x_stride, y + head[:, None] * y_stride
+        row = head[:, None].to(tl.int64)  # head * stride passes 2^31 where heads lie apart: [B, H, T, K] in memory
+        source, target = x + row * x_stride, y + row * y_stride
         a = tl.load(source + first[None, :], mask=inside, other=0.0).to(tl.float32)
         b = tl.load(source + second[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(target + first[None, :], (a * cos_low - b * sin_low).to(y.dtype.element_ty), mask=inside)

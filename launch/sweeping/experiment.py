@@ -25,9 +25,9 @@ def write_experiments(plan: SweepPlan, result: SweepResult) -> None:
         if path.stem not in names:
             path.unlink()
     for row in result.rows:
-        if row.number in result.best:
+        if row.number in result.best and row.values:  # none: another driver runs it again
             name = experiment_name(plan, row.number)
-            pairs = zip(result.metrics, row.values or [], strict=True)
+            pairs = zip(result.metrics, row.values, strict=True)
             values = ", ".join(f"{metric} {figure(metric, value)}" for metric, value in pairs)
             head = f"{HEAD}# Trial {row.number} of the sweep {result.name}: {values}.\n"
             path = folder / f"{name}.yaml"

@@ -28,6 +28,7 @@ TWIN_WIDTH, TWIN_HEADS, TWIN_VOCABULARY = 64, 4, 64
 TWIN_WINDOW = 5  # tokens; shorter than the records, so that a window that is passed over is seen
 MAX_TWIN_PARAMETERS = 1_000_000_000
 OURS = (Attention.auto, Attention.segments)
+COMPILED = (Attention.flash_attention_2, Attention.flex_attention)  # these have a GPU's form alone
 
 
 def settle(config: Config, hf_config: Any, device: torch.device, note: Callable[[str], None]) -> None:
@@ -36,6 +37,8 @@ def settle(config: Config, hf_config: Any, device: torch.device, note: Callable[
     Attention becomes segments where the model can do that, and stays auto where it cannot; packing becomes best_fit or
     none, for which note gets a sentence. Raises ModelError where a model cannot do what is asked of it.
     """
+    # On the CPU every rank finds the same, and nothing is compiled; the live model is asked on its own device.
+    device = device if config.model.attention in COMPILED else torch.device("cpu")
     twin, precision = _twin(config, hf_config, device)
     evaluates = bool(config.data.validation_sources or config.data.validation_fraction)
     sizes, limit = sorted(forward_sizes(config, evaluates=evaluates)), TOLERANCE[precision]
@@ -45,6 +48,11 @@ def settle(config: Config, hf_config: Any, device: torch.device, note: Callable[
         elif config.model.attention is Attention.segments:
             raise no_segments(config)
     config.batch.packing = _packing(config, twin, sizes, limit, device, note)
+    if twin and config.model.attention is Attention.auto and config.batch.packing is Packing.best_fit:
+        note(
+            f"attention of {config.model.name_or_path} stays transformers' {shown(twin.config)}, with a mask over each "
+            "whole sequence: it does not take segments"
+        )
 
 
 def _computes_in_segments(twin: Any, sizes: list[int], device: torch.device, limit: float) -> bool:

@@ -64,7 +64,9 @@ class StoredFeed:
             seed=config.seed,
             lengths=store.lengths if config.batch.packing is Packing.none else None,  # like lengths side by side
         )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        # A new thread is on GPU 0, where each rank would open a context of its own.
+        on_device = (lambda: torch.cuda.set_device(device)) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed", initializer=on_device)
         self._next: tuple[int, Future[_Made]] | None = None
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         epochs = config.schedule.epochs

@@ -5,23 +5,24 @@ parameter, and from what our loss holds. Activations are not moved to host memor
 1.5 GB for 8,192 tokens, which takes 30 ms one way at 50 GB/s, and computing it again takes 5 ms on an H200.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tunesmith.train.config.config import Config, Offload, Precision
+from tunesmith.train.config.config import Config, Kernels, Offload, Precision
 from tunesmith.train.model.activations import Activations, predict_activations
 from tunesmith.train.model.load import DTYPES
 from tunesmith.train.model.size import ModelSize, model_size
 from tunesmith.train.ranks.distributed import World, max_over_ranks
-from tunesmith.train.zero.deepspeed_config import zero_stage
+from tunesmith.train.zero.deepspeed_config import reduce_bucket_size, zero_stage
 
 GIB = 2**30
 RUNTIME_BYTES = 2 * GIB  # CUDA's context, NCCL's buffers, cuBLAS's workspaces: 1.2 to 2 GiB on an 8-GPU node
 FRAGMENTS = 0.06  # of all memory: what the caching allocator cannot use
-BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
+LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+STEP_BYTES = 6  # of each trained element of a rank: a flat copy of its gradients in 16 bits, and one in fp32
 LOSS_BYTES = 2**30  # kernels/lce/backends.py, GPU_SLAB_BYTES_TRAINABLE
 # Rows of a product at which an H100 or H200 reads a weight as long as it multiplies with it: 790 TFLOP/s over 4.3 TB/s.
 ROWS_OF_A_WEIGHT = 184
@@ -38,10 +39,11 @@ class Plan:
     states: int  # weights, gradients, optimizer
     kept: int  # activations
     working: int  # what one block and the loss hold for a moment
+    step: int  # what the update holds for a moment, when activations are gone
 
     @property
     def bytes(self) -> int:
-        return RUNTIME_BYTES + self.states + self.kept + self.working
+        return RUNTIME_BYTES + self.states + max(self.kept + self.working, self.step)
 
     def cost(self, sequence_length: int, *, gathered: bool) -> float:
         """Time of a step beside one that recomputes nothing and whose forwards are endless.
@@ -99,6 +101,7 @@ def _plans(config: Config, hf_config: Any, world: World) -> list[Plan]:
     most, found = config.batch.micro_batch_size, []
     of_one, model = predict_activations(config, hf_config, 1)
     size = model_size(model)
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     for num_sequences in (number for number in range(1, most + 1) if most % number == 0):
         activations = of_one.of(num_sequences)
         for recomputed in range(len(activations.blocks) + 1):
@@ -107,27 +110,34 @@ def _plans(config: Config, hf_config: Any, world: World) -> list[Plan]:
                     num_sequences,
                     recomputed,
                     len(activations.blocks),
-                    states_bytes(config, size, world.world_size),
+                    states_bytes(config, size.parameters, trained, world.world_size, num_sequences=num_sequences),
                     activations.kept(recomputed),
                     _working_bytes(config, hf_config, activations, num_sequences, recomputed, size),
+                    STEP_BYTES * size.trainable // (world.world_size if zero_stage(config.engine) else 1),
                 )
             )
     return found
 
 
-def states_bytes(config: Config, size: ModelSize, world_size: int) -> int:
-    """Weights, gradients and optimizer of one rank, as DeepSpeed 0.19.8 holds them."""
-    engine, stage = config.engine, zero_stage(config.engine)
+def states_bytes(
+    config: Config, parameters: int, trained: Sequence[int], world_size: int, *, num_sequences: int
+) -> int:
+    """Weights, gradients and optimizer of one rank, as DeepSpeed 0.19.8 holds them.
+
+    trained: elements of each parameter that is; num_sequences: of a forward.
+    """
+    engine, stage, total = config.engine, zero_stage(config.engine), sum(trained)
     width = DTYPES[engine.precision].itemsize
-    is_fp32 = engine.precision is Precision.fp32
     shards = [world_size if stage >= first else 1 for first in (1, 2, 3)]
-    weights = 0 if engine.offload_weights is not Offload.none else width * size.parameters / shards[2]
-    accumulates = config.batch.gradient_accumulation_steps(world_size) > 1
-    gradients = (4 if accumulates else width) * size.trainable / shards[1]
-    buckets = 2 * 4 * min(BUCKET, size.trainable) if stage else 0
-    master = 8 if is_fp32 and stage == 0 else 12
-    optimizer = 0 if engine.offload_optimizer is not Offload.none else master * size.trainable / shards[0]
-    return int(weights + gradients + buckets + optimizer)
+    weights = 0 if engine.offload_weights is not Offload.none else width * parameters / shards[2]
+    gathered = width * min(LIVE_PARAMETERS, parameters) if stage == 3 else 0
+    accumulates = config.batch.global_batch_size > num_sequences * world_size
+    gradients = (4 if accumulates else width) * total / shards[1]
+    buffers = 2 if world_size > 1 else 1
+    buckets = buffers * 4 * reduce_bucket_size(trained) if stage and trained else 0
+    master = 8 if engine.precision is Precision.fp32 and stage == 0 else 12
+    optimizer = 0 if engine.offload_optimizer is not Offload.none else master * total / shards[0]
+    return int(weights + gathered + gradients + buckets + optimizer)
 
 
 def _working_bytes(
@@ -138,8 +148,11 @@ def _working_bytes(
     tokens = num_sequences * config.batch.sequence_length
     largest = max(activations.blocks)
     head = 4 * text.vocab_size * text.hidden_size if size.trainable == size.parameters else 0
-    hidden = tokens * text.hidden_size * DTYPES[config.engine.precision].itemsize
-    return largest * (2 if recomputed else 1) + LOSS_BYTES + head + hidden
+    width = DTYPES[config.engine.precision].itemsize
+    loss = LOSS_BYTES + tokens * text.hidden_size * width
+    if config.kernels is Kernels.off:  # whole logits, and their gradients, in the model's format and in float32
+        loss = 2 * tokens * text.vocab_size * (width + 4)
+    return largest * (2 if recomputed else 1) + head + loss
 
 
 def _described(plan: Plan, limit: float, *, fits: bool) -> str:

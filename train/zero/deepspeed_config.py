@@ -100,7 +100,7 @@ def _owned(config: Config, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.max_grad_norm or 0.0,
-        "zero_optimization": _zero(engine),
+        "zero_optimization": _zero(engine, world_size),
         "bf16": {
             "enabled": engine.precision is Precision.bf16,
             "check_grad_overflow": True,
@@ -138,11 +138,11 @@ def zero_stage(engine: EngineConfig) -> int:
     return engine.stage if engine.precision is Precision.fp32 else max(engine.stage, 1)
 
 
-def _zero(engine: EngineConfig) -> dict[str, Any]:
+def _zero(engine: EngineConfig, world_size: int) -> dict[str, Any]:
     stage = zero_stage(engine)
     zero: dict[str, Any] = {"stage": stage, "compute_grad_norm": True}
     if stage:
-        zero["overlap_comm"] = True
+        zero["overlap_comm"] = world_size > 1  # alone it would add a buffer and a wait for a stream after each backward
         zero["contiguous_gradients"] = True
     if engine.offload_optimizer is not Offload.none:
         zero["offload_optimizer"] = _offload(engine.offload_optimizer, engine.nvme_path)

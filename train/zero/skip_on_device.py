@@ -15,6 +15,9 @@ import torch
 
 from tunesmith.train.config.config import Config, Offload, Precision
 
+# It writes -1 for inf and NaN with a number copied from the host, which waits; what combines the norms knows all three.
+MASKING = "mask_nan_or_inf_with_val_inplace"
+
 
 def can_skip_on_device(config: Config) -> bool:
     """Not with fp16, whose loss scale the host keeps, nor where the optimizer is in host memory."""
@@ -31,17 +34,18 @@ def is_invalid(norm: torch.Tensor) -> torch.Tensor:
 def skipping_on_device(zero_optimizer: Any) -> Iterator[None]:
     """Around one step of DeepSpeed's optimizer of ZeRO 1 to 3 over one of torch's fused optimizers."""
     fused, module = zero_optimizer.optimizer, sys.modules[type(zero_optimizer).__module__]
-    asked = vars(module)["is_invalid_grad_norm"]
 
     def note(norm: torch.Tensor) -> bool:
         fused.found_inf = is_invalid(norm).float()
         return False
 
     zero_optimizer.check_overflow = lambda partition_gradients=True: None
-    vars(module)["is_invalid_grad_norm"] = note
+    instead = {"is_invalid_grad_norm": note, MASKING: lambda norm, device=None: None}
+    before = {name: vars(module)[name] for name in instead if name in vars(module)}
+    vars(module).update({name: instead[name] for name in before})
     try:
         yield
     finally:
-        vars(module)["is_invalid_grad_norm"] = asked
+        vars(module).update(before)
         del zero_optimizer.check_overflow
         vars(fused).pop("found_inf", None)  # there unless the step failed before its norm

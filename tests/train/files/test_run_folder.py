@@ -54,14 +54,14 @@ def test_the_lock_of_a_folder_that_is_there_is_taken_before_anything_in_it_is_to
     (folder / "checkpoints/step-000004").mkdir(parents=True)  # a damaged one
     before = sorted(folder.rglob("*"))
     with pytest.raises(ConfigError, match="another run is writing"):
-        train(composed, made(folder), None, [])
+        train(composed, made(folder), None, [], only_profile=False)
     assert sorted(folder.rglob("*")) == before
     lock.release()
 
 
 def test_a_folder_that_set_up_has_failed_for_is_not_left_behind(tmp_path, composed, made):
     with pytest.raises(ConfigError, match="names 'nonsense', which is not compared"):
-        train(composed, made(tmp_path / "new"), None, [])
+        train(composed, made(tmp_path / "new"), None, [], only_profile=False)
     assert not (tmp_path / "new").exists()
 
 

@@ -40,7 +40,7 @@ def problems(rank: Any, folder: str, indices: list[int], fault: str = "") -> lis
 
     def other_norm(engine: Engine) -> Any:
         update = step(engine)
-        return replace(update, grad_norm=update.grad_norm / 2)
+        return replace(update, norm=update.norm / 2)
 
     def apart(engine: Engine) -> Any:
         update = step(engine)

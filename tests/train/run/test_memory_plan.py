@@ -11,9 +11,9 @@ from tunesmith.train.config.compose import compose_config
 from tunesmith.train.config.config import Config
 from tunesmith.train.model.load import check_model
 from tunesmith.train.model.packing import settle
-from tunesmith.train.model.size import ModelSize
 from tunesmith.train.ranks.distributed import World
 from tunesmith.train.run.memory_plan import settle_memory, states_bytes
+from tunesmith.train.zero.deepspeed_config import reduce_bucket_size
 
 CPU = torch.device("cpu")
 LLAMA_8B: dict[str, Any] = {
@@ -102,7 +102,16 @@ def test_states_are_counted_by_stage_and_offload(
 ) -> None:
     batch = ["batch.global_batch_size=16", "batch.micro_batch_size=1", "engine.precision=bf16"]
     config = compose_config(["+exp=debug", *batch, *overrides]).config
-    number = 10_000_000_000
-    buckets = 0 if overrides[0] == "engine=ddp" else 2 * 4 * 500_000_000
-    found = states_bytes(config, ModelSize(number, number, number, number), world_size)
-    assert found == pytest.approx(bytes_a_parameter * number + buckets)
+    trained, parameters = [400_000_000] * 25, 10_000_000_000
+    found = states_bytes(config, parameters, trained, world_size, num_sequences=1)
+    buffers = 0 if overrides[0] == "engine=ddp" else (2 if world_size > 1 else 1) * 4 * reduce_bucket_size(trained)
+    gathered = 2 * 1_000_000_000 if config.engine.stage == 3 else 0
+    assert found == pytest.approx(bytes_a_parameter * parameters + buffers + gathered)
+
+
+def test_smaller_forwards_are_summed_in_fp32() -> None:
+    """One forward a step needs no sum; a plan of smaller ones does."""
+    batch = ["batch.global_batch_size=4", "batch.micro_batch_size=4"]
+    config = compose_config(["+exp=debug", "engine=zero2", "engine.precision=bf16", *batch]).config
+    at_once, in_four = (states_bytes(config, 100, [100], 1, num_sequences=number) for number in (4, 1))
+    assert in_four - at_once == 2 * 100
