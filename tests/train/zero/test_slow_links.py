@@ -12,6 +12,7 @@ def losses(rank: Any, overrides: list[str]) -> list[float]:
         return [loop.step().loss for _ in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "key"), [(3, "zero_hpz_partition_size=2"), (2, "use_multi_rank_bucket_allreduce=false")]
 )

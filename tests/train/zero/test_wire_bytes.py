@@ -1,6 +1,7 @@
 """What ZeRO puts on the wire, counted on two ranks: the formulas of docs/scaling.md (bench/scaling_model.py)."""
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 MODEL = Path(__file__).parents[3] / "bench/scaling_model.py"
 FORWARDS = 2  # of short_run(): 8 sequences a step on two ranks, two a forward
 LARGE = 200  # elements; counts, votes and norms are fewer
+QUICK = [(3, "none"), (2, "lora")]
 
 
 def sent_in_a_step(rank: Any, overrides: list[str]) -> tuple[float, int, int, int]:
@@ -50,8 +52,13 @@ def sent_in_a_step(rank: Any, overrides: list[str]) -> tuple[float, int, int, in
     return sum(sent), sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes), ends
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize(
+    ("stage", "adapter"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+        for case in itertools.product((1, 2, 3), ("none", "lora"))
+    ],
+)
 def test_a_step_sends_what_the_formulas_say(
     stage: int, adapter: str, ranks: Callable[[int], Any], short_run: Callable[..., list[str]]
 ) -> None:
