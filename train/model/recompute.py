@@ -11,6 +11,18 @@ def chosen_blocks(recomputed: int, num_blocks: int) -> list[bool]:
     return [(at + 1) * recomputed // num_blocks > at * recomputed // num_blocks for at in range(num_blocks)]
 
 
+def possible_numbers(model: Any) -> list[int]:
+    """How many of a model's blocks can recompute: any number, all or none, or none."""
+    blocks = transformer_blocks(model)
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return [0]
+    return list(range(len(blocks) + 1)) if all(map(_chooses, blocks)) else [0, len(blocks)]
+
+
+def _chooses(block: Any) -> bool:
+    return hasattr(block, "gradient_checkpointing")
+
+
 def recompute_blocks(model: Any, share: float) -> None:
     """Has a share of a model's blocks keep their input alone, and compute the rest again in the backward.
 
@@ -23,7 +35,7 @@ def recompute_blocks(model: Any, share: float) -> None:
     enable({"use_reentrant": False})
     blocks: Any = transformer_blocks(model)
     for block, again in zip(blocks, chosen_blocks(round(share * len(blocks)), len(blocks)), strict=True):
-        if not again and not hasattr(block, "gradient_checkpointing"):
+        if not again and not _chooses(block):
             raise ModelError(
                 f"the blocks of {type(model).__name__} recompute all or none.",
                 at="memory.recompute",

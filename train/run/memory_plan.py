@@ -14,6 +14,7 @@ import torch
 from tunesmith.train.config.config import Config, Kernels, Offload, Precision
 from tunesmith.train.model.activations import Activations, predict_activations
 from tunesmith.train.model.load import DTYPES
+from tunesmith.train.model.recompute import possible_numbers
 from tunesmith.train.model.size import ModelSize, model_size
 from tunesmith.train.ranks.distributed import World, max_over_ranks
 from tunesmith.train.zero.deepspeed_config import reduce_bucket_size, zero_stage
@@ -104,7 +105,7 @@ def _plans(config: Config, hf_config: Any, world: World) -> list[Plan]:
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     for num_sequences in (number for number in range(1, most + 1) if most % number == 0):
         activations = of_one.of(num_sequences)
-        for recomputed in range(len(activations.blocks) + 1):
+        for recomputed in possible_numbers(model):
             found.append(
                 Plan(
                     num_sequences,

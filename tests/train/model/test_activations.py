@@ -16,7 +16,7 @@ from tunesmith.train.model.block_kernels import use_block_kernels
 from tunesmith.train.model.load import check_model, load_model
 from tunesmith.train.model.lora_layers import use_lora_kernels
 from tunesmith.train.model.packing import settle
-from tunesmith.train.model.recompute import chosen_blocks, recompute_blocks
+from tunesmith.train.model.recompute import chosen_blocks, possible_numbers, recompute_blocks
 from tunesmith.train.ranks.distributed import World
 
 CPU = torch.device("cpu")
@@ -84,6 +84,8 @@ def test_blocks_that_recompute_are_evenly_spread() -> None:
 
 def test_a_model_whose_blocks_recompute_all_or_none_is_not_asked_for_some() -> None:
     class Old(torch.nn.Module):
+        supports_gradient_checkpointing = False
+
         def __init__(self) -> None:
             super().__init__()
             self.blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))
@@ -91,6 +93,9 @@ def test_a_model_whose_blocks_recompute_all_or_none_is_not_asked_for_some() -> N
         def gradient_checkpointing_enable(self, settings: dict[str, Any]) -> None:
             pass
 
+    assert possible_numbers(Old()) == [0]
+    Old.supports_gradient_checkpointing = True
+    assert possible_numbers(Old()) == [0, 4]
     recompute_blocks(Old(), 1.0)
     with pytest.raises(ModelError, match="the blocks of Old recompute all or none"):
         recompute_blocks(Old(), 0.5)
