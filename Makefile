@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster test-all torture planted test-gpu lint format docs bench step-proxies bench-growth bench-gpu bench-gpu-steps bench-crash engine-check kernels-check kernels-report clean
+.PHONY: help demo test test-slow test-heavy test-cluster test-all torture planted test-gpu lint format docs bench step-proxies bench-growth bench-gpu bench-gpu-steps bench-crash engine-check kernels-check kernels-report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -25,7 +25,10 @@ test: $(INSTALLED)  ## the tests
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not torture and not cluster and not gpu"
 
 test-slow: $(INSTALLED)  ## the wide matrices, which take longer
-	$(BIN)/pytest -n 2 --dist worksteal -m "slow and not cluster and not gpu"
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow and not heavy and not cluster and not gpu"
+
+test-heavy: $(INSTALLED)  ## every build of the kernels compiled, whole benches: about ten minutes, which .ci/run has not
+	$(BIN)/pytest -n 2 --dist worksteal -m "heavy and not gpu"
 
 # One after the other: ranks that wait for a core too long are taken for dead ones.
 test-cluster: $(INSTALLED)  ## jobs on a real SLURM and hosts with networks of their own, on this machine; as root
@@ -35,7 +38,7 @@ test-cluster: $(INSTALLED)  ## jobs on a real SLURM and hosts with networks of t
 torture: $(INSTALLED)  ## every fault of the torture table, written into docs/reliability.md
 	$(BIN)/pytest -n 2 --dist loadscope -m "row and (torture or not slow) and not cluster and not gpu" -q --torture-table=docs/reliability.md tests
 
-test-all: test test-slow torture test-cluster  ## every test that needs no GPU
+test-all: test test-slow test-heavy torture test-cluster  ## every test that needs no GPU
 
 planted: $(INSTALLED)  ## plant each fault of tests/planted in a copy, and show the test that falls
 	$(BIN)/python tests/planted/plant.py

@@ -168,6 +168,7 @@ def test_goals_are_of_peers_that_learn_the_same(gpu_steps: ModuleType) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.timeout(900)  # processes that start one after the other, on a busy machine
 def test_whole_steps_run_dry_and_learn_the_same(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
@@ -183,6 +184,7 @@ def test_whole_steps_run_dry_and_learn_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.timeout(900)  # processes that start one after the other, on a busy machine
 def test_the_harness_on_the_cpu_ends_with_its_line(tmp_path: Path) -> None:
     output = tmp_path / "found.json"

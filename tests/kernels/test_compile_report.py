@@ -18,6 +18,7 @@ from tunesmith.kernels.dry_launches import Launch, dry_launches
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.timeout(900)  # up to 234 builds of half a second
 @pytest.mark.parametrize(("of", "arch"), list(itertools.product(CALLS, (80, 90))))
 def test_no_launch_spills_or_outgrows_its_gpu(of, arch, record_property):
